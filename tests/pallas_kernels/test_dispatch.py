@@ -1,0 +1,51 @@
+"""The choice of an implementation: obeyed, or automatic with every refusal reported."""
+
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.errors import Unsupported
+
+
+def _accepts(x, *, scale):
+    return x * scale
+
+
+def _declines(x, *, scale):
+    raise Unsupported(f"no x = {x}")
+
+
+def _is_broken(x, *, scale):
+    raise ValueError("a mistake")
+
+
+_TABLE = {"declines": _declines, "accepts": _accepts, "broken": _is_broken}
+
+
+def test_the_automatic_choice_skips_what_declines():
+    assert dispatch.call("op", _TABLE, ("declines", "accepts", "broken"), 3, scale=2) == 6
+
+
+def test_an_explicit_choice_is_obeyed_even_outside_the_order():
+    assert dispatch.call("op", _TABLE, ("broken",), 3, scale=2, implementation="accepts") == 6
+
+
+def test_an_explicit_choice_that_declines_fails_with_its_reason():
+    with pytest.raises(Unsupported, match="no x = 3"):
+        dispatch.call("op", _TABLE, ("accepts",), 3, scale=2, implementation="declines")
+
+
+def test_all_refusals_are_collected():
+    with pytest.raises(ExceptionGroup, match="no implementation of op") as caught:
+        dispatch.call("op", _TABLE, ("declines", "declines"), 3, scale=2)
+    assert [str(error) for error in caught.value.exceptions] == ["no x = 3"] * 2
+    assert "'declines'" in caught.value.exceptions[0].__notes__[0]
+
+
+def test_a_mistake_is_not_a_refusal():
+    with pytest.raises(ValueError, match="a mistake"):
+        dispatch.call("op", _TABLE, ("broken", "accepts"), 3, scale=2)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="'pallas_gpu'.*'declines', 'accepts', 'broken'"):
+        dispatch.call("op", _TABLE, ("accepts",), 3, scale=2, implementation="pallas_gpu")
