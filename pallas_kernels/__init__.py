@@ -1,22 +1,16 @@
 """Array kernels: local arrays in, local arrays out; one op a folder, several implementations each."""
 
-from importlib import import_module
-from typing import Any
+import importlib
 
-_FOLDER_OF = {
-    "lightning_attention": "lightning_attention",
-    "lightning_decode": "lightning_attention",
-    "grouped_matmul": "grouped_matmul",
-    "softmax_attention": "softmax_attention",
-}
-
-__all__ = list(_FOLDER_OF)
-
-
-def __getattr__(name: str) -> Any:
-    """Import an op on first use, so that one op's imports do not burden another's users."""
-    if name not in _FOLDER_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    op = getattr(import_module(f"{__name__}.{_FOLDER_OF[name]}"), name)
-    globals()[name] = op
-    return op
+# Each op is imported here, once and eagerly: a folder has the name of its op, and importing the
+# folder later would put the module where the function belongs.
+for _folder, _names in {
+    "grouped_matmul": ("grouped_matmul",),
+    "lightning_attention": ("lightning_attention", "lightning_decode"),
+    "softmax_attention": ("softmax_attention",),
+}.items():
+    try:
+        _module = importlib.import_module(f"{__name__}.{_folder}.api")
+    except ModuleNotFoundError:
+        continue
+    globals().update({_name: getattr(_module, _name) for _name in _names})
