@@ -1,0 +1,1 @@
+"""What to build: frozen values that check themselves. Nothing here imports jax."""
