@@ -1,0 +1,84 @@
+"""What every test runs under: strict JAX, the CPU unless asked otherwise, and loud skips."""
+
+import os
+
+# Set before anything imports JAX, and inherited by the programs tests start. A device test is run
+# with the platform named: JAX_PLATFORMS=cuda pytest -m gpu_device.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# matplotlib must not look for a display, and nothing may look for the network.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+TORCH_TESTS = "tests that compare with PyTorch"
+
+
+@pytest.fixture
+def key():
+    """A fixed random key; split it, never reuse it."""
+    import jax
+
+    return jax.random.key(0)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("hybrid-jax")
+    group.addoption(
+        "--require-torch",
+        action="store_true",
+        help=f"fail if {TORCH_TESTS} were skipped or none ran",
+    )
+    group.addoption(
+        "--at-least",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fail unless N tests passed (a run in which everything was skipped proves nothing)",
+    )
+
+
+def _torch_skips(terminal) -> list[str]:
+    """Where a test or a whole file was skipped because PyTorch or transformers is missing."""
+    return sorted(
+        {
+            str(report.nodeid)
+            for report in terminal.stats.get("skipped", ())
+            if "'torch'" in str(report.longrepr) or "'transformers'" in str(report.longrepr)
+        }
+    )
+
+
+def _complaints(config, terminal) -> list[str]:
+    """Why a green run still is not a proof."""
+    passed = terminal.stats.get("passed", ())
+    complaints = []
+    if len(passed) < config.option.at_least:
+        complaints.append(f"{len(passed)} tests passed; --at-least {config.option.at_least}")
+    if config.option.require_torch:
+        if _torch_skips(terminal):
+            complaints.append(f"{TORCH_TESTS} were skipped; --require-torch")
+        if not any(report.nodeid.startswith("tests/parity/") for report in passed):
+            complaints.append("no test in tests/parity passed; --require-torch")
+    return complaints
+
+
+# First in line, so that the terminal summary and pytest's own exit code see the changed status.
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session, exitstatus):
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    is_worker = hasattr(session.config, "workerinput")
+    if exitstatus == 0 and not is_worker and _complaints(session.config, terminal):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skips = _torch_skips(terminalreporter)
+    if skips:
+        terminalreporter.section(f"PyTorch is not installed: {TORCH_TESTS} did NOT run", yellow=True)
+        for nodeid in skips:
+            terminalreporter.line(nodeid)
+    for complaint in _complaints(config, terminalreporter):
+        terminalreporter.section(f"FAILED: {complaint}", red=True)
