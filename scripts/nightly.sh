@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs every test marked nightly, one at a time, and appends one JSON line a proof to a results file
+# (nightly.jsonl, or the first argument). Start it again to go on: what passed at this commit is kept.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+
+make_environment .venv test-core torch
+exec .venv/bin/python scripts/nightly.py "$@"

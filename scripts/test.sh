@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# From a fresh machine with Python 3.11 or newer to a tested checkout: lint, import contracts, tests.
+# Arguments go to pytest: bash scripts/test.sh tests/model -k decay
+# VENV names another environment than .venv; TORCH=no-torch leaves PyTorch out of it.
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+venv=${VENV:-.venv}
+
+# Tests compile more than they compute, which keeps one core busy each; a worker holds up to 4 GiB.
+workers() {
+  local cores gibibytes
+  cores=$(nproc 2>/dev/null || echo 1)
+  gibibytes=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo 2>/dev/null || echo 4)
+  echo $((cores < gibibytes / 4 ? cores : gibibytes / 4))
+}
+
+make_environment "$venv" test-core "${TORCH:-torch}"
+say "Lint and import contracts"
+"$venv/bin/ruff" check .
+"$venv/bin/lint-imports" --no-logo
+say "Tests"
+"$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --durations 15 "$@"
