@@ -40,7 +40,8 @@ def prove(test: str) -> str:
 
 def main() -> int:
     results = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "nightly.jsonl")
-    past = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    text = results.read_text() if results.exists() else ""
+    past = [json.loads(line) for line in text.splitlines()]
     now = commit()
     done = {line["command"] for line in past if (line["commit"], line["result"]) == (now, "passed")}
     failed = 0

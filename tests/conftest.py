@@ -77,7 +77,8 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter, config):
     skips = _torch_skips(terminalreporter)
     if skips:
-        terminalreporter.section(f"PyTorch is not installed: {TORCH_TESTS} did NOT run", yellow=True)
+        title = f"PyTorch is not installed: {TORCH_TESTS} did NOT run"
+        terminalreporter.section(title, yellow=True)
         for nodeid in skips:
             terminalreporter.line(nodeid)
     for complaint in _complaints(config, terminalreporter):
