@@ -1,4 +1,4 @@
-"""Run each nightly test by itself and record it: one JSON line with commit, command, seconds, result."""
+"""Run each nightly test by itself and record it, one JSON line a proof."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ def output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit under test; with uncommitted changes it names no state and proves nothing later."""
+    """The commit under test; marked dirty when uncommitted changes make it name no state."""
     dirty = output("git", "status", "--porcelain", "--untracked-files=no")
     return output("git", "rev-parse", "HEAD") + ("-dirty" if dirty else "")
 
@@ -32,8 +32,8 @@ def prove(test: str) -> str:
     """Run one test; "passed", "failed" or "skipped" (which is no proof)."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "nightly", f"--junit-xml={report}", test]
-        if subprocess.run(command).returncode != 0:
+        options = ["-q", "-m", "nightly", f"--junit-xml={report}"]
+        if subprocess.run([sys.executable, "-m", "pytest", *options, test]).returncode != 0:
             return "failed"
         return "skipped" if xml.parse(report).find(".//skipped") is not None else "passed"
 
