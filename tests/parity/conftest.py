@@ -1,0 +1,38 @@
+"""PyTorch on one thread, and each random directory written once a session."""
+
+import numpy as np
+import pytest
+
+from tests.parity import directories
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch():
+    """PyTorch, or skip: transformers is needed with it."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers").utils.logging.disable_progress_bar()
+    # Tensors are tiny here; a second thread costs more than it gives.
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """directory(writer, **fields): a directory by `directories.<writer>`, each written once."""
+    written = {}
+
+    def get(writer: str, **fields):
+        key = (writer, *sorted(fields.items()))
+        if key not in written:
+            path = tmp_path_factory.mktemp(writer) / "model"
+            getattr(directories, writer)(path, **fields)
+            written[key] = path
+        return written[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tokens_BT():
+    """Random ids longer than the 256-token block in which transformers computes."""
+    return np.random.default_rng(0).integers(0, directories.SHAPE["vocab_size"], (2, 270))
