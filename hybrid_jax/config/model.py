@@ -60,7 +60,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Use the embedding table as the output head."""
     shift_embeddings: bool = False
-    """Add the previous token's embedding (of the same segment); small retrieval studies need it."""
+    """Half of the input channels come from the previous token; small retrieval studies need it."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of every matrix."""
     max_positions: int

@@ -20,6 +20,7 @@ def hybrid(
     ffn: layers.Ffn,
     rope_theta: float = 10000.0,
     max_positions: int = 8192,
+    tie_embeddings: bool = False,
     period: int = 8,
 ) -> model.ModelConfig:
     """A hybrid stack: every `period`-th layer softmax, the others lightning, DeepNorm residuals.
@@ -50,11 +51,12 @@ def hybrid(
         ),
         repeats=num_layers // period,
         norm_eps=1e-5,
+        tie_embeddings=tie_embeddings,
         max_positions=max_positions,
     )
 
 
-def _study(name: str, hidden_dim: int, num_layers: int, num_heads: int, head_dim: int):
+def _study(name, hidden_dim, num_layers, num_heads, head_dim, tie_embeddings=False):
     return hybrid(
         name,
         vocab_size=32768,
@@ -66,12 +68,13 @@ def _study(name: str, hidden_dim: int, num_layers: int, num_heads: int, head_dim
         rotary_dim=head_dim // 2,
         # 8/3 of the width: a SwiGLU then holds as much as a classic feed-forward of 4 x the width.
         ffn=layers.DenseFfn(hidden_dim=hidden_dim * 8 // 3 // 64 * 64),
+        tie_embeddings=tie_embeddings,
     )
 
 
 def study_70m() -> model.ModelConfig:
-    """Our own shape near the report's 70M: 512 wide, 16 layers, dense feed-forward."""
-    return _study("study-70m", hidden_dim=512, num_layers=16, num_heads=8, head_dim=64)
+    """Our own shape near the report's 70M: 512 wide, 16 layers, dense, tied."""
+    return _study("study-70m", 512, 16, num_heads=8, head_dim=64, tie_embeddings=True)
 
 
 def study_410m() -> model.ModelConfig:

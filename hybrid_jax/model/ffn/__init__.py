@@ -1,0 +1,1 @@
+"""The feed-forward halves of a layer, one file a kind."""

@@ -1,0 +1,29 @@
+"""The dense SwiGLU feed-forward."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import layers
+from hybrid_jax.model.context import Context
+from hybrid_jax.model.params import Initialiser
+from sharding import Logical
+
+
+def swiglu(x_BTD, gate_up_D2F, down_FD):
+    """down(silu(gate(x)) * up(x)), gate and up as one product."""
+    hidden_BT2F = jnp.einsum("btd,dcf->btcf", x_BTD, gate_up_D2F.astype(x_BTD.dtype))
+    hidden_BTF = jax.nn.silu(hidden_BT2F[..., 0, :]) * hidden_BT2F[..., 1, :]
+    return jnp.einsum("btf,fd->btd", hidden_BTF, down_FD.astype(x_BTD.dtype))
+
+
+class DenseSwiGlu(nnx.Module):
+    """Owns the two matrices of a SwiGLU."""
+
+    def __init__(self, init: Initialiser, spec: layers.DenseFfn, dim: int):
+        F = spec.hidden_dim
+        self.gate_up = init.matrix((dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN))
+        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL))
+
+    def __call__(self, x_BTD, context: Context):
+        return swiglu(x_BTD, self.gate_up[...], self.down[...]), None

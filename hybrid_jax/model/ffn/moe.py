@@ -1,0 +1,148 @@
+"""A mixture of SwiGLU experts without drops: sort by expert, grouped matmuls, weighted sum."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import layers
+from hybrid_jax.model.context import Context
+from hybrid_jax.model.ffn import router
+from hybrid_jax.model.ffn.dense import swiglu
+from hybrid_jax.model.params import Initialiser
+from pallas_kernels import grouped_matmul
+from sharding import Logical
+
+
+@jax.custom_vjp
+def _dispatch(x_TD, token_R, row_TA):
+    """Rows of x in expert order: row r is token token_R[r]."""
+    return x_TD[token_R]
+
+
+def _dispatch_fwd(x_TD, token_R, row_TA):
+    return x_TD[token_R], row_TA
+
+
+def _dispatch_bwd(row_TA, dx_RD):
+    # Every token stands in A rows, so the transpose is a gather too; a scatter-add is far slower.
+    return jnp.sum(dx_RD[row_TA], axis=1), None, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _combine(y_RD, weight_TA, token_R, row_TA):
+    """Weighted sum of each token's A rows, in float32."""
+    return jnp.einsum(
+        "tad,ta->td", y_RD[row_TA], weight_TA, preferred_element_type=jnp.float32
+    )
+
+
+def _combine_fwd(y_RD, weight_TA, token_R, row_TA):
+    return _combine(y_RD, weight_TA, token_R, row_TA), (y_RD, weight_TA, token_R, row_TA)
+
+
+def _combine_bwd(residuals, dout_TD):
+    y_RD, weight_TA, token_R, row_TA = residuals
+    weight_R = jnp.zeros(token_R.shape, weight_TA.dtype).at[row_TA.reshape(-1)].set(
+        weight_TA.reshape(-1), unique_indices=True
+    )
+    dout_RD = dout_TD[token_R]
+    dy_RD = (weight_R[:, None] * dout_RD).astype(y_RD.dtype)
+    dweight_R = jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=-1)
+    return dy_RD, dweight_R[row_TA], None, None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _expert_order(expert_TA, num_experts: int):
+    """(token of each sorted row [R], sorted row of each choice [T, A], rows of each expert [E])."""
+    T, A = expert_TA.shape
+    expert_R = expert_TA.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
+    row_R = jnp.zeros((T * A,), jnp.int32).at[order_R].set(
+        jnp.arange(T * A, dtype=jnp.int32), unique_indices=True
+    )
+    sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
+    return order_R // A, row_R.reshape(T, A), sizes_E
+
+
+def expert_mixture(x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, group_offset):
+    """sum_a weight_a * down_e(silu(gate_e(x)) * up_e(x)) over each token's experts, in float32.
+
+    With `group_offset`, the weights hold the experts of many layers and this layer's start there.
+    """
+    F = down_EFD.shape[1]
+    token_R, row_TA, sizes_E = _expert_order(choice.expert_TA, num_experts)
+    gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
+    down = down_EFD.astype(x_TD.dtype)
+    x_RD = _dispatch(x_TD, token_R, row_TA)
+    hidden_RX = grouped_matmul(x_RD, gate_up, sizes_E, group_offset=group_offset)
+    hidden_RF = jax.nn.silu(hidden_RX[:, :F]) * hidden_RX[:, F:]
+    y_RD = grouped_matmul(hidden_RF, down, sizes_E, group_offset=group_offset)
+    return _combine(y_RD, choice.weight_TA, token_R, row_TA)
+
+
+class SharedSwiGlu(nnx.Module):
+    """Owns an expert that every token visits and the coefficient that mixes it in."""
+
+    def __init__(self, init: Initialiser, spec: layers.SharedExpert, dim: int):
+        F = spec.hidden_dim
+        self.gate_up = init.matrix((dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN))
+        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL))
+        self.coefficient = init.matrix((dim,), (Logical.MODEL,))
+
+    def __call__(self, x_BTD, routed_BTD):
+        """(1 - c) * routed + c * shared(x), c = sigmoid(coefficient . x), all in float32."""
+        logit_BT = x_BTD.astype(jnp.float32) @ self.coefficient[...].astype(jnp.float32)
+        mix_BT1 = jax.nn.sigmoid(logit_BT)[:, :, None]
+        shared_BTD = swiglu(x_BTD, self.gate_up[...], self.down[...]).astype(jnp.float32)
+        return routed_BTD * (1 - mix_BT1) + shared_BTD * mix_BT1
+
+
+class MixtureOfExperts(nnx.Module):
+    """Owns the router, the routed experts and the shared expert of one layer."""
+
+    # Inference takes these whole, for all layers, and reads only the experts that are chosen.
+    whole_stack = ("gate_up", "down")
+
+    def __init__(self, init: Initialiser, spec: layers.MoeFfn, dim: int):
+        E, F = spec.num_experts, spec.hidden_dim
+        self.spec = spec
+        self.router = init.matrix((dim, E), (Logical.MODEL, Logical.EXPERTS), jnp.float32)
+        if isinstance(spec.router, layers.SigmoidTopK):
+            self.correction_bias = init.zeros((E,), (Logical.EXPERTS,), jnp.float32)
+        self.gate_up = init.matrix(
+            (E, dim, 2, F), (Logical.EXPERTS, Logical.MODEL, Logical.PARTS, Logical.FFN)
+        )
+        self.down = init.matrix((E, F, dim), (Logical.EXPERTS, Logical.FFN, Logical.MODEL))
+        if spec.shared is not None:
+            self.shared = SharedSwiGlu(init, spec.shared, dim)
+
+    def __call__(self, x_BTD, context: Context):
+        B, T, D = x_BTD.shape
+        x_RD = x_BTD.reshape(B * T, D)
+        logits_RE = x_RD.astype(jnp.float32) @ self.router[...]
+        choice = self._choose(logits_RE)
+        out_RD = expert_mixture(
+            x_RD,
+            choice,
+            self.gate_up[...],
+            self.down[...],
+            self.spec.num_experts,
+            context.group_offset,
+        )
+        real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
+        real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)
+        routing = router.statistics(logits_RE, choice.expert_TA, real_R)
+        out_BTD = out_RD.reshape(B, T, D)
+        if self.spec.shared is not None:
+            out_BTD = self.shared(x_BTD, out_BTD)
+        return out_BTD.astype(x_BTD.dtype), routing
+
+    def _choose(self, logits_RE) -> router.Choice:
+        if isinstance(self.spec.router, layers.SigmoidTopK):
+            return router.choose_sigmoid(logits_RE, self.correction_bias[...], self.spec.router)
+        return router.choose_softmax(logits_RE, self.spec.router)

@@ -1,0 +1,10 @@
+"""Every kind of feed-forward and the module that computes it; the table is total over the union."""
+
+from hybrid_jax.config import layers
+from hybrid_jax.model.ffn.dense import DenseSwiGlu
+from hybrid_jax.model.ffn.moe import MixtureOfExperts
+
+FFNS = {
+    layers.DenseFfn: DenseSwiGlu,
+    layers.MoeFfn: MixtureOfExperts,
+}

@@ -1,0 +1,1 @@
+"""The token-mixing halves of a layer, one file a kind."""

@@ -1,0 +1,86 @@
+"""Softmax attention: grouped queries, partial rotary positions, optional norm of queries and keys."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybrid_jax.config import layers
+from hybrid_jax.model.context import Context
+from hybrid_jax.model.norm import rms_norm
+from hybrid_jax.model.params import Initialiser
+from hybrid_jax.model.rotary import rotate
+from pallas_kernels import softmax_attention
+from sharding import Logical
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """The cache of one layer: rotated keys and values, valid up to the length of each row."""
+
+    k_BSGK: jax.Array
+    v_BSGV: jax.Array
+
+    def write(self, k_BTGK, v_BTGV, lengths_B) -> "KeyValues":
+        """Put T new rows at each row's length; the caller makes sure that they fit."""
+        put = jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (at, 0, 0)))
+        return KeyValues(
+            put(self.k_BSGK, k_BTGK.astype(self.k_BSGK.dtype), lengths_B),
+            put(self.v_BSGV, v_BTGV.astype(self.v_BSGV.dtype), lengths_B),
+        )
+
+
+class SoftmaxMixer(nnx.Module):
+    """Owns the parameters of one softmax layer; its state is `KeyValues`."""
+
+    def __init__(self, init: Initialiser, spec: layers.SoftmaxAttention, dim: int, norm_eps: float):
+        H, G, K = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        heads, kv_heads = (Logical.HEADS, Logical.HEAD_DIM), (Logical.KV_HEADS, Logical.HEAD_DIM)
+        self.spec = spec
+        self.norm_eps = norm_eps
+        self.q = init.matrix((dim, H, K), (Logical.MODEL, *heads))
+        self.k = init.matrix((dim, G, K), (Logical.MODEL, *kv_heads))
+        self.v = init.matrix((dim, G, K), (Logical.MODEL, *kv_heads))
+        self.out = init.matrix((H, K, dim), (*heads, Logical.MODEL))
+        if spec.qk_norm:
+            self.q_norm = init.ones((H, K), heads)
+            self.k_norm = init.ones((G, K), kv_heads)
+
+    def __call__(self, x_BTD, context: Context, layer_data, state: KeyValues | None):
+        del layer_data
+        dtype = x_BTD.dtype
+        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.q[...].astype(dtype))
+        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.k[...].astype(dtype))
+        v_BTGV = jnp.einsum("btd,dgv->btgv", x_BTD, self.v[...].astype(dtype))
+        if self.spec.qk_norm:
+            # Over the whole projection, before the heads are split and rotated (M2).
+            q_BTHK = rms_norm(q_BTHK, self.q_norm[...], self.norm_eps, num_dims=2)
+            k_BTGK = rms_norm(k_BTGK, self.k_norm[...], self.norm_eps, num_dims=2)
+        q_BTHK = rotate(q_BTHK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
+        k_BTGK = rotate(k_BTGK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
+        if state is None:
+            segments = context.segment_ids_BT
+            out_BTHV = softmax_attention(
+                q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
+            )
+        else:
+            # Right-padded rows write rows past their length that causality hides and later
+            # tokens overwrite, so the cache needs no segments of its own.
+            state = state.write(k_BTGK, v_BTGV, context.lengths_B)
+            out_BTHV = softmax_attention(
+                q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=context.lengths_B
+            )
+        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.out[...].astype(dtype)), state
+
+    @staticmethod
+    def layer_data(spec: layers.SoftmaxAttention, layer_idx: int, num_layers: int):
+        """Nothing differs from layer to layer."""
+        return None
+
+    @staticmethod
+    def initial_state(spec: layers.SoftmaxAttention, batch: int, capacity: int, dtype):
+        """An empty cache of `capacity` tokens a row, in the dtype of the computation."""
+        shape = (batch, capacity, spec.num_kv_heads, spec.head_dim)
+        return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
