@@ -44,7 +44,7 @@ def generate(
     state = model.initial_state(B, capacity)
     logits_BW, state = steps.prefill(model, tokens_BT, lengths_B, state)
     graphdef, params = nnx.split(model)
-    return _decode_loop(
+    out_BT, _ = _decode_loop(
         graphdef,
         params,
         logits_BW,
@@ -54,11 +54,12 @@ def generate(
         sampling,
         max_new_tokens,
     )
+    return out_BT
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=3)
 def _decode_loop(graphdef, params, logits_BW, state, key, eos_id, sampling, max_new_tokens):
-    """Sample, write, step, until every row has ended; -1 as `eos_id` means that none ends."""
+    """Sample, write, step, until every row has ended: (out_BT, state). `eos_id` -1: none ends."""
     model = nnx.merge(graphdef, params)
     B = logits_BW.shape[0]
 
@@ -84,7 +85,9 @@ def _decode_loop(graphdef, params, logits_BW, state, key, eos_id, sampling, max_
     # Rows that end early keep eos in every place that the loop no longer writes.
     out_BT = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token_B)
     carry = (jnp.int32(1), token_B, token_B == eos_id, out_BT, state)
-    return jax.lax.while_loop(unfinished, body, carry)[3]
+    _, _, _, out_BT, state = jax.lax.while_loop(unfinished, body, carry)
+    # The state goes back too: only so can its donated memory be used in place.
+    return out_BT, state
 
 
 def _checked(model: Model, tokens_BT, prompt_lengths, max_new_tokens: int, eos_id):

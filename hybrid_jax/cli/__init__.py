@@ -1,0 +1,76 @@
+"""The command line: `hybrid-jax COMMAND ...`; exit codes 0 ok, 1 a check failed, 2 bad input."""
+
+import importlib
+import os
+import sys
+
+# One module a command, imported when it is called, so that --help answers at once.
+_COMMANDS = {
+    "train": "Train a preset on text; resume an interrupted run.",
+    "generate": "Continue a prompt with a checkpoint or a training run.",
+    "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
+    "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
+    "bench": "Measure the model against transformers on this machine.",
+    "presets": "List the presets, or print one in full.",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        import hybrid_jax
+
+        print(hybrid_jax.__version__)
+        return 0
+    if argv[0] not in _COMMANDS:
+        from hybrid_jax.config.text import near_names
+
+        near = near_names(argv[0], _COMMANDS)
+        print(f"error: there is no command {argv[0]!r}.{near}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return _run(argv[0], argv[1:])
+
+
+def _run(name: str, argv: list[str]) -> int:
+    import tyro
+
+    command = importlib.import_module(f"hybrid_jax.cli.{name}")
+    parse = getattr(command, "parse", None)
+    try:
+        if parse is not None:
+            args = parse(argv)
+        else:
+            args = tyro.cli(command.Args, args=argv, prog=f"hybrid-jax {name}")
+        return command.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("HYBRID_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    rows = [f"  {name:<{width}}  {about}" for name, about in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hybrid-jax COMMAND [options]",
+            "",
+            "Hybrid linear-attention mixture-of-experts language models in JAX.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "`hybrid-jax COMMAND --help` tells every option. HYBRID_JAX_TRACEBACK=1 shows where an",
+            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input.",
+        ]
+    )
+
+

@@ -1,0 +1,7 @@
+"""`python -m hybrid_jax.cli` is `hybrid-jax`."""
+
+import sys
+
+from hybrid_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,100 @@
+"""`hybrid-jax generate`: continue a prompt with a checkpoint or a training run."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+import typing
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Continue a prompt and print it; give the prompt as text, as token ids, or on standard input."""
+
+    model: typing.Annotated[str, tyro.conf.Positional]
+    """Directory of a checkpoint (Hugging Face or Orbax) or of a training run."""
+    prompt: str | None = None
+    """Text to continue; `-` or nothing reads standard input."""
+    token_ids: tuple[int, ...] = ()
+    """Token ids to continue instead of text; then no tokenizer is needed."""
+    max_new_tokens: int = 128
+    """Tokens to make at most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach p."""
+    seed: int = 0
+    """Seed of the sampling."""
+    eos_id: int | None = None
+    """Stop at this token; default: the end-of-document token of the tokenizer, if it has one."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    json: str | None = None
+    """Also write prompt, tokens, text and timing to this file."""
+
+
+# Names under which tokenizers know the end of a text: ours, MiniMax-M2's, Text-01's.
+_ENDS = ("<|end_of_document|>", "[e~[", "<end_of_sentence>")
+
+
+def run(args: Args) -> int:
+    """Print the prompt and its continuation; exit code 0."""
+    import numpy as np
+
+    import hybrid_jax
+
+    directory = pathlib.Path(args.model)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; give a checkpoint or a training run.")
+    tokenizer = _tokenizer(directory) if not args.token_ids else None
+    ids = list(args.token_ids) or tokenizer.encode(_prompt(args)).ids
+    if not ids:
+        raise ValueError("The prompt is empty: give at least one token.")
+    model = hybrid_jax.load(directory, dtype=args.dtype)
+    started = time.perf_counter()
+    new = hybrid_jax.generate(
+        model,
+        np.asarray([ids], np.int32),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        eos_id=_end(args, tokenizer),
+    )
+    new = np.asarray(new)[0].tolist()
+    seconds = time.perf_counter() - started
+    text = tokenizer.decode(ids + new) if tokenizer else " ".join(map(str, new))
+    print(text)
+    print(f"[{len(new)} tokens in {seconds:.1f} s, compiling included]", file=sys.stderr)
+    if args.json:
+        report = {"prompt": ids, "tokens": new, "text": text, "seconds": round(seconds, 3)}
+        pathlib.Path(args.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return 0
+
+
+def _prompt(args: Args) -> str:
+    if args.prompt is None or args.prompt == "-":
+        return sys.stdin.read()
+    return args.prompt
+
+
+def _tokenizer(directory: pathlib.Path):
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no tokenizer.json; give the prompt as --token-ids.")
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _end(args: Args, tokenizer) -> int | None:
+    if args.eos_id is not None or tokenizer is None:
+        return args.eos_id
+    ids = [tokenizer.token_to_id(name) for name in _ENDS]
+    return next((idx for idx in ids if idx is not None), None)
