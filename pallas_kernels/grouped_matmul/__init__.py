@@ -1,0 +1,1 @@
+"""One matmul per group of rows."""
