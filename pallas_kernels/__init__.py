@@ -11,6 +11,6 @@ for _folder, _names in {
 }.items():
     try:
         _module = importlib.import_module(f"{__name__}.{_folder}.api")
-    except ModuleNotFoundError:
+    except ImportError:
         continue
     globals().update({_name: getattr(_module, _name) for _name in _names})
