@@ -1,0 +1,1 @@
+"""Causal softmax attention over packed rows and over a partly filled cache."""

@@ -1,0 +1,107 @@
+"""The public op: checks its arguments once, then hands them to one implementation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.softmax_attention import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.softmax_attention, "reference": reference.softmax_attention}
+AUTOMATIC = ("xla",)
+DTYPES = ("float32", "bfloat16")
+
+
+def softmax_attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGV: jax.Array,
+    *,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention of grouped query heads: out_BTHV, in q's dtype.
+
+    Query t of row b stands at index q_offset[b] + t and attends to the keys s <= that index, of its
+    own segment if segments are given. Query head h reads key-value head h // (H // G). Scores are
+    scaled by 1/sqrt(K); scores, softmax and sums are float32. A query of segment 0 (padding), or one
+    that sees no key, gives zeros and passes no gradient.
+
+    Args:
+      q_BTHK: queries, float32 or bfloat16. Any T and S, also 0 and 1.
+      k_BSGK: keys in q's dtype, G dividing H. S may be the capacity of a cache filled in part: work
+        stops at the last index any query can see. What lies beyond must be finite.
+      v_BSGV: values in q's dtype.
+      q_segment_ids: integer [B, T], 0 for padding; given together with kv_segment_ids or not at all.
+      kv_segment_ids: integer [B, S], 0 for padding.
+      q_offset: integer [B], index of the first query in the keys; None for 0.
+      implementation: "xla", "reference", or None for the automatic choice.
+
+    Raises:
+      ValueError: shapes, dtypes or arguments that do not fit together; the message says which.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), for the blockwise form and its gradient.
+    """
+    _check_arrays(q_BTHK, k_BSGK, v_BSGV)
+    B, T, H, _ = q_BTHK.shape
+    _, S, _, V = v_BSGV.shape
+    if (q_segment_ids is None) != (kv_segment_ids is None):
+        given = "q_segment_ids" if kv_segment_ids is None else "kv_segment_ids"
+        raise ValueError(
+            f"softmax_attention got {given} alone; give q_segment_ids [B, T] and kv_segment_ids "
+            "[B, S] together, or neither"
+        )
+    _check_integers("q_segment_ids", q_segment_ids, (B, T))
+    _check_integers("kv_segment_ids", kv_segment_ids, (B, S))
+    _check_integers("q_offset", q_offset, (B,))
+    if not B * T * H * S * V:
+        return jnp.zeros((B, T, H, V), q_BTHK.dtype)
+    return dispatch.call(
+        "softmax_attention",
+        IMPLEMENTATIONS,
+        AUTOMATIC,
+        q_BTHK,
+        k_BSGK,
+        v_BSGV,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        q_offset=q_offset,
+        implementation=implementation,
+    )
+
+
+def _check_arrays(q, k, v) -> None:
+    """Ranks, dtypes and the sizes q, k and v share."""
+    for name, x, dims in (("q", q, "B T H K"), ("k", k, "B S G K"), ("v", v, "B S G V")):
+        if x.ndim != 4:
+            raise ValueError(
+                f"softmax_attention needs {name} of shape [{dims}], got shape {x.shape}"
+            )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.name in DTYPES):
+        raise ValueError(
+            f"softmax_attention needs q, k and v of one dtype, {' or '.join(DTYPES)}, got "
+            f"{q.dtype.name}, {k.dtype.name} and {v.dtype.name}; cast them before the call"
+        )
+    (B, _, H, K), (_, S, G, _) = q.shape, k.shape
+    if k.shape != (B, S, G, K) or v.shape[:3] != (B, S, G):
+        raise ValueError(
+            f"softmax_attention needs k [B S G K] and v [B S G V] to match q [B T H K], got q "
+            f"{q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if not K or not G or H % G:
+        raise ValueError(
+            f"softmax_attention needs a head size K >= 1 and query heads H a multiple of key-value "
+            f"heads G >= 1, got K={K}, H={H}, G={G}"
+        )
+
+
+def _check_integers(name: str, x, shape: tuple[int, ...]) -> None:
+    """An optional integer array has its shape."""
+    if x is None:
+        return
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(
+            f"softmax_attention needs {name} as integers of shape {shape}, got {x.dtype.name} of "
+            f"shape {x.shape}"
+        )

@@ -1,0 +1,168 @@
+"""Blockwise attention in plain XLA: online softmax forward, recomputed scores backward.
+
+Neither direction holds more of the T x S scores than one tile for every row and head. Tiles above
+the diagonal, past the filled part of a cache or between segments are skipped by trip count. All
+rows and heads go through a tile together, query heads of a group as rows of one matmul, so that
+every product is a batched matmul with its operands in the plain order: XLA's CPU backend runs those
+at the machine's rate, and products that contract the rows of both operands at a third of it.
+Letters: see tiles.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.softmax_attention import decode, tiles
+
+# exp(x - NOTHING_SEEN) is 0 for any score, and so are the gradients of a row that saw no key.
+NOTHING_SEEN = 1e30
+
+
+def softmax_attention(
+    q_BTHK, k_BSGK, v_BSGV, *, q_segment_ids=None, kv_segment_ids=None, q_offset=None
+):
+    """See api.softmax_attention. Differentiable in q, k and v, in reverse mode."""
+    B, T = q_BTHK.shape[:2]
+    offset_B = jnp.zeros(B, jnp.int32) if q_offset is None else q_offset.astype(jnp.int32)
+    return _attention(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, offset_B)
+
+
+def tile_size(batch: int, heads: int, length: int) -> int:
+    """Tokens of a tile: tiles of about a million scores over all rows and heads, see decisions."""
+    size = 128
+    while size < 512 and batch * heads * (2 * size) ** 2 <= 2**21:
+        size *= 2
+    return min(size, length)
+
+
+@jax.custom_vjp
+def _attention(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+    return _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)[0]
+
+
+def _attention_forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
+    out_BTHV, logsumexp_BTH = _forward(*args)
+    return out_BTHV, (*args, out_BTHV, logsumexp_BTH)
+
+
+def _attention_backward(residuals, d_out_BTHV):
+    q_BTHK, k_BSGK, v_BSGV, *_ = residuals
+    dq_BTHK, dk_BSGK, dv_BSGV = _backward(*residuals, d_out_BTHV)
+    gradients = (
+        dq_BTHK.astype(q_BTHK.dtype),
+        dk_BSGK.astype(k_BSGK.dtype),
+        dv_BSGV.astype(v_BSGV.dtype),
+    )
+    return (*gradients, None, None, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+    """Output in q's dtype, and the logsumexp of each query's scores."""
+    B, T, H, K = q_BTHK.shape
+    _, S, G, V = v_BSGV.shape
+    if T == 1:
+        return decode.forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
+    C, J = tile_size(B, H, T), tile_size(B, H, S)
+    q_NPMK = tiles.cut(q_BTHK, G, C) * K**-0.5
+    query = tiles.query_side(offset_B, q_segment_BT, T, C)
+    key = tiles.key_side(B, kv_segment_BS, S, J)
+    first_N, end_N = tiles.trips(tiles.touching(query, key))
+    N, P, M, _ = q_NPMK.shape
+
+    def fetch(x_BSGK, tile_idx):
+        # Read where it lies: a cache is far larger than the part that is filled. The last tile may
+        # start early to stay inside; the keys it repeats are masked by their tile's indices.
+        start = jnp.minimum(tile_idx * J, S - J)
+        x_BJGK = lax.dynamic_slice_in_dim(x_BSGK, start, J, axis=1)
+        return x_BJGK.swapaxes(1, 2).reshape(P, J, -1).astype(jnp.float32)
+
+    def one_query_tile(_, inputs):
+        q_PMK, query_tile, first, end = inputs
+
+        def one_key_tile(tile_idx, carry):
+            out_PMV, top_PM1, total_PM1 = carry
+            key_tile = tiles.key_tile(tile_idx, kv_segment_BS, S, J)
+            score_PMJ = jnp.einsum("pmk,pjk->pmj", q_PMK, fetch(k_BSGK, tile_idx))
+            score_PMJ = tiles.mask(score_PMJ, tiles.visible(query_tile, key_tile))
+            new_PM1 = jnp.maximum(top_PM1, score_PMJ.max(-1, keepdims=True))
+            weight_PMJ = jnp.exp(score_PMJ - new_PM1)
+            decay_PM1 = jnp.exp(top_PM1 - new_PM1)
+            out_PMV *= decay_PM1
+            out_PMV += jnp.einsum("pmj,pjv->pmv", weight_PMJ, fetch(v_BSGV, tile_idx))
+            total_PM1 = total_PM1 * decay_PM1 + weight_PMJ.sum(-1, keepdims=True)
+            return out_PMV, new_PM1, total_PM1
+
+        start = (
+            jnp.zeros((P, M, V), jnp.float32),
+            jnp.full((P, M, 1), -NOTHING_SEEN, jnp.float32),
+            jnp.zeros((P, M, 1), jnp.float32),
+        )
+        out_PMV, top_PM1, total_PM1 = lax.fori_loop(first, end, one_key_tile, start)
+        seen_PM1 = total_PM1 > 0
+        total_PM1 = jnp.where(seen_PM1, total_PM1, 1.0)
+        logsumexp_PM1 = jnp.where(seen_PM1, top_PM1 + jnp.log(total_PM1), NOTHING_SEEN)
+        return None, (out_PMV / total_PM1, logsumexp_PM1)
+
+    inputs = (q_NPMK, query, first_N, end_N)
+    _, (out_NPMV, logsumexp_NPM1) = lax.scan(one_query_tile, None, inputs)
+    join = functools.partial(tiles.join, batch=B, num_kv_heads=G, size=C, length=T)
+    return join(out_NPMV).astype(q_BTHK.dtype), join(logsumexp_NPM1)[..., 0]
+
+
+def _backward(
+    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH, d_out_BTHV
+):
+    """Gradients of q, k and v in float32: one pass over key tiles, five matmuls a tile."""
+    B, T, H, K = q_BTHK.shape
+    _, S, G, V = v_BSGV.shape
+    C, J = tile_size(B, H, T), tile_size(B, H, S)
+    d_out_BTHV = d_out_BTHV.astype(jnp.float32)
+    delta_BTH = jnp.sum(d_out_BTHV * out_BTHV.astype(jnp.float32), axis=-1)
+    q_NPMK, do_NPMV = tiles.cut(q_BTHK, G, C) * K**-0.5, tiles.cut(d_out_BTHV, G, C)
+    query = tiles.query_side(offset_B, q_segment_BT, T, C)
+    key = tiles.key_side(B, kv_segment_BS, S, J)
+    query_tiles = (
+        q_NPMK,
+        q_NPMK.swapaxes(2, 3),
+        do_NPMV,
+        do_NPMV.swapaxes(2, 3),
+        tiles.cut(logsumexp_BTH[..., None], G, C),
+        tiles.cut(delta_BTH[..., None], G, C),
+        query,
+    )
+    first_U, end_U = tiles.trips(tiles.touching(query, key).T)
+
+    def one_key_tile(dq_NPMK, inputs):
+        k_PJK, v_PJV, key_tile, first, end = inputs
+
+        def one_query_tile(tile_idx, carry):
+            dq_NPMK, dk_PKJ, dv_PVJ = carry
+            q_PMK, q_PKM, do_PMV, do_PVM, logsumexp_PM1, delta_PM1, query_tile = jax.tree.map(
+                lambda x: lax.dynamic_index_in_dim(x, tile_idx, keepdims=False), query_tiles
+            )
+            score_PMJ = jnp.einsum("pmk,pjk->pmj", q_PMK, k_PJK)
+            score_PMJ = tiles.mask(score_PMJ, tiles.visible(query_tile, key_tile))
+            weight_PMJ = jnp.exp(score_PMJ - logsumexp_PM1)
+            dv_PVJ += jnp.einsum("pvm,pmj->pvj", do_PVM, weight_PMJ)
+            d_weight_PMJ = jnp.einsum("pmv,pjv->pmj", do_PMV, v_PJV)
+            d_score_PMJ = weight_PMJ * (d_weight_PMJ - delta_PM1)
+            dk_PKJ += jnp.einsum("pkm,pmj->pkj", q_PKM, d_score_PMJ)
+            dq_PMK = dq_NPMK[tile_idx] + jnp.einsum("pmj,pjk->pmk", d_score_PMJ, k_PJK)
+            return lax.dynamic_update_index_in_dim(dq_NPMK, dq_PMK, tile_idx, 0), dk_PKJ, dv_PVJ
+
+        P = k_PJK.shape[0]
+        start = dq_NPMK, jnp.zeros((P, K, J), jnp.float32), jnp.zeros((P, V, J), jnp.float32)
+        dq_NPMK, dk_PKJ, dv_PVJ = lax.fori_loop(first, end, one_query_tile, start)
+        return dq_NPMK, (dk_PKJ.swapaxes(1, 2), dv_PVJ.swapaxes(1, 2))
+
+    inputs = (tiles.cut(k_BSGK, G, J), tiles.cut(v_BSGV, G, J), key, first_U, end_U)
+    dq_NPMK, (dk_UPJK, dv_UPJV) = lax.scan(one_key_tile, jnp.zeros_like(q_NPMK), inputs)
+    join_keys = functools.partial(tiles.join, batch=B, num_kv_heads=G, size=J, length=S)
+    dq_BTHK = tiles.join(dq_NPMK, B, G, C, T) * K**-0.5
+    return dq_BTHK, join_keys(dk_UPJK), join_keys(dv_UPJV)
