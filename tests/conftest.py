@@ -24,6 +24,16 @@ def key():
     return jax.random.key(0)
 
 
+def pytest_runtest_setup(item):
+    """A device test without its device says so instead of passing on the CPU."""
+    for marker, platform in (("gpu_device", "gpu"), ("tpu_device", "tpu")):
+        if item.get_closest_marker(marker):
+            import jax
+
+            if jax.default_backend() != platform:
+                pytest.skip(f"needs a {platform.upper()}; JAX runs on {jax.default_backend()}")
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("hybrid-jax")
     group.addoption(
