@@ -1,0 +1,95 @@
+"""Byte-level BPE: training, storing and using it; every text goes there and back unchanged."""
+
+import json
+import pathlib
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_DOCUMENT = "<|end_of_document|>"
+
+
+class Tokenizer:
+    """Text to ids and back, with the id that ends a document."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "the tokenizer"):
+        end = backend.token_to_id(END_OF_DOCUMENT)
+        if end is None:
+            raise ValueError(
+                f"{source} has no token {END_OF_DOCUMENT!r}, which separates documents. "
+                "Train one with hybrid-jax, or add that token to the file."
+            )
+        self.backend = backend
+        self.end_id: int = end
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        """Read a tokenizer.json. Raises FileNotFoundError or ValueError."""
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no tokenizer at {path}.")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        return cls(backend, str(path))
+
+    def save(self, path) -> None:
+        """Write tokenizer.json."""
+        self.backend.save(str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to this, exclusive."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; the name of a special token inside it is plain text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, ids) -> str:
+        """Text of ids; an end of document is dropped, broken UTF-8 becomes U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> Tokenizer:
+    """A byte-level BPE tokenizer with at most `vocab_size` ids; the same texts give the same one.
+
+    A small corpus may give fewer. Raises ValueError if `vocab_size` cannot hold all bytes.
+    """
+    smallest = 256 + 1
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_DOCUMENT!r} need "
+            f"{smallest}."
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    # A document that spells out a special token must not end there.
+    backend.encode_special_tokens = True
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(iter(texts), trainer=trainer)
+    return Tokenizer(backend)
+
+
+def write_hugging_face(tokenizer: Tokenizer, directory) -> None:
+    """tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants them."""
+    directory = pathlib.Path(directory)
+    tokenizer.save(directory / "tokenizer.json")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,102 @@
+"""The whole training state on disk, written while training goes on; the only file that calls Orbax.
+
+RUN/checkpoints/<step>/ holds two Orbax trees, `params` (by dotted name) and `optimizer`, and as its
+metadata the position in the data. A directory appears by one rename, so what is listed is whole.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from hybrid_jax.training.state import TrainState
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back."""
+
+    state: TrainState
+    position: int
+    """Batches of data taken."""
+    fingerprint: str
+    """Identifies the data the position belongs to."""
+
+
+class CheckpointStore:
+    """Checkpoints of one run, oldest removed first; leaving its context waits for open writes."""
+
+    def __init__(self, directory, keep: int):
+        policies = ocp.training.save_decision_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            pathlib.Path(directory).absolute(),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint; None if there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: TrainState, position: int, fingerprint: str) -> None:
+        """Begin to write; waits for the write before only. A step that is there stays as it is."""
+        if step == self.latest_step:
+            return
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {"params": state.params, "optimizer": state.optimizer},
+            custom_metadata={"position": position, "fingerprint": fingerprint},
+        )
+
+    def wait(self) -> None:
+        """Return when everything is on disk; raises what went wrong there."""
+        self._checkpointer.wait()
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
+        """The state at `step` (None: the newest); ValueError if it does not fit `abstract`."""
+        step = self._pick(step)
+        trees = self._load(step, {"params": abstract.params, "optimizer": abstract.optimizer})
+        progress = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        state = TrainState(jnp.int32(step), trees["params"], trees["optimizer"])
+        return Restored(state, progress["position"], progress["fingerprint"])
+
+    def restore_params(self, abstract: dict, step: int | None = None) -> dict[str, jax.Array]:
+        """The parameters alone, by name."""
+        return self._load(self._pick(step), {"params": abstract})["params"]
+
+    def _pick(self, step: int | None) -> int:
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        if step is None and steps:
+            return steps[-1]
+        if step not in steps:
+            raise ValueError(
+                f"{self._checkpointer.directory} has no checkpoint"
+                f"{'' if step is None else f' of step {step}'}; it has {steps or 'none at all'}."
+            )
+        return step
+
+    def _load(self, step: int, abstract: dict) -> dict:
+        placed = jax.tree.map(_on_first_device, abstract)
+        try:
+            return self._checkpointer.load_checkpointables(step, placed)
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"The checkpoint {self._checkpointer.directory / str(step)} cannot be read as this "
+                f"model's: {error}. Remove it to fall back on the one before, or use the "
+                "configuration it was written with."
+            ) from error
+
+
+def _on_first_device(leaf) -> jax.ShapeDtypeStruct:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,187 @@
+"""The loop: next batch, update, log, store, evaluate; stopped by request and continued exactly."""
+
+import dataclasses
+import math
+import time
+
+import jax
+
+from hybrid_jax import data as data_lib
+from hybrid_jax import observe
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.training import run as run_lib
+from hybrid_jax.training.checkpoints import CheckpointStore
+from hybrid_jax.training.evaluate import heldout_loss
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Skeleton
+from hybrid_jax.training.state import TrainState, abstract_state, initial_state
+from hybrid_jax.training.step import make_evaluation_step, make_train_step
+from hybrid_jax.training.stop import StopSignal
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not a number any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    """Updates done in all."""
+    stopped_by: str | None
+    """Name of the signal that ended it early, if one did."""
+    heldout_loss: float | None
+    """Nats a token over all held-out text at the end; None if stopped or if nothing is held out."""
+    unigram_entropy: float | None
+    """Entropy in nats of the held-out targets' own distribution."""
+
+
+def train(config: TrainConfig, path, *, resume: bool = False, stream=None) -> Outcome:
+    """Run `config` in the directory `path` until its last step or until a signal asks to stop.
+
+    SIGINT and SIGTERM end the run after the step at hand with a checkpoint; a run continued with
+    `resume=True` computes exactly what it would have without the interruption. Progress goes to
+    `stream` (default: standard output).
+
+    Raises ValueError or OSError for bad input, `Diverged` if the loss stops being a number.
+    """
+    with observe.Progress(config.steps, stream=stream) as progress, StopSignal() as stop:
+        if resume:
+            run = run_lib.resume(config, path)
+            documents = lambda: run_lib.read_documents(config.data, progress.note)
+        else:
+            # Read first: a mistyped path must not leave a directory behind.
+            found = run_lib.read_documents(config.data, progress.note)
+            documents = lambda: found
+            run = run_lib.begin(config, path)
+        tokens = run_lib.prepare_tokens(config, run, documents, progress.note)
+        trainer = Trainer(config, run, tokens, progress)
+        return trainer.run(stop)
+
+
+class Trainer:
+    """The parts of one run, put together; `run` is the loop."""
+
+    def __init__(self, config: TrainConfig, run, tokens: run_lib.Tokens, progress):
+        self._config = config
+        self._run = run
+        self._progress = progress
+        self._skeleton = Skeleton(config.model)
+        self._optimizer = Optimizer(config, self._skeleton.axes)
+        self._train_step = make_train_step(config, self._skeleton, self._optimizer)
+        self._evaluation_step = make_evaluation_step(config, self._skeleton)
+        length = config.data.sequence_length
+        windows = data_lib.WindowIndex(tokens.training, length, config.seed)
+        self._batches = data_lib.Batches(
+            windows,
+            config.batch_size,
+            seed=config.seed,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+        )
+        self._fingerprint = tokens.training.fingerprint()
+        self._heldout = None
+        self._unigram_entropy = None
+        if tokens.heldout is not None:
+            # In the store's order: evaluation does not depend on the seed.
+            self._heldout = data_lib.WindowIndex(tokens.heldout, length, seed=None)
+            self._unigram_entropy = data_lib.unigram_entropy(self._heldout.all_targets())
+
+    def run(self, stop: StopSignal) -> Outcome:
+        """Continue from the newest checkpoint, or begin."""
+        config = self._config
+        with CheckpointStore(self._run.checkpoints, config.checkpoints.keep) as checkpoints:
+            state = self._starting_state(checkpoints)
+            step, loss = int(state.step), None
+            self._progress.start(step)
+            batch, position = next(self._batches), self._batches.position
+            with observe.MetricsFile(self._run.metrics, keep_until_step=step) as metrics:
+                while step < config.steps and stop.name is None:
+                    begin = time.monotonic()
+                    state, values = self._train_step(state, batch)
+                    position = self._batches.position
+                    # Fetched while the device computes; its position counts from the next step on.
+                    batch = next(self._batches)
+                    step += 1
+                    record = self._record(step, values, begin, checkpoints)
+                    if self._is_time(step, config.evaluation.every) or step == config.steps:
+                        loss = self._evaluate(state, step, record)
+                    metrics.append(record)
+                    self._progress.update(step, record["loss"], record["tokens_per_second"])
+                    if self._is_time(step, config.checkpoints.every) or step == config.steps:
+                        checkpoints.save(step, state, position, self._fingerprint)
+            if stop.name is not None and step:
+                checkpoints.save(step, state, position, self._fingerprint)
+            checkpoints.wait()
+        return self._finish(step, stop.name, loss)
+
+    def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
+        if checkpoints.latest_step is None:
+            return initial_state(self._config, self._skeleton, self._optimizer)
+        restored = checkpoints.restore(abstract_state(self._skeleton, self._optimizer))
+        if restored.fingerprint != self._fingerprint:
+            raise ValueError(
+                f"The checkpoint belongs to other data than {self._run.tokens} holds (fingerprint "
+                f"{restored.fingerprint}, now {self._fingerprint}). Put the old data back, or "
+                "start a new run."
+            )
+        self._batches.seek(restored.position)
+        self._progress.note(f"Resuming at step {int(restored.state.step)}.")
+        return restored.state
+
+    def _record(self, step: int, values, begin: float, checkpoints: CheckpointStore) -> dict:
+        """One line of metrics.jsonl; waits for the device. Raises Diverged."""
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        seconds = time.monotonic() - begin
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            checkpoints.wait()
+            good = checkpoints.latest_step
+            where = f"the last good checkpoint is {self._run.checkpoints / str(good)}"
+            raise Diverged(
+                f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
+                f"{where if good else 'there is no checkpoint yet'}. Try a lower --schedule.peak, a "
+                "longer --schedule.warmup-steps or a smaller --optimizer.clip-norm in a new run."
+            )
+        tokens = int(values.pop("tokens"))
+        return {
+            "step": step,
+            "loss": values.pop("loss"),
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        } | values
+
+    def _evaluate(self, state: TrainState, step: int, record: dict) -> float | None:
+        """Adds the held-out loss to `record`: over all windows after the last step."""
+        if self._heldout is None:
+            return None
+        last = step == self._config.steps
+        limit = None if last else self._config.evaluation.batches
+        rows = self._config.batch_size // self._config.accumulate
+        loss = heldout_loss(self._evaluation_step, state.params, self._heldout, rows, limit)
+        record |= {"heldout_loss": loss}
+        return loss
+
+    def _finish(self, step: int, stopped_by: str | None, loss: float | None) -> Outcome:
+        records = observe.read_metrics(self._run.metrics)
+        if records:
+            observe.draw_losses(
+                records,
+                self._run.curve,
+                title=self._config.model.name,
+                unigram_entropy=self._unigram_entropy,
+            )
+        if records and step == self._config.steps:
+            # Also when there was nothing left to do.
+            loss = records[-1].get("heldout_loss")
+        finished = step == self._config.steps
+        return Outcome(
+            step,
+            None if finished else stopped_by,
+            loss if finished else None,
+            self._unigram_entropy,
+        )
+
+    def _is_time(self, step: int, every: int) -> bool:
+        return step % every == 0

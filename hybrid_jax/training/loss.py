@@ -1,0 +1,122 @@
+"""Cross-entropy over a large vocabulary without ever storing all logits."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenLoss(NamedTuple):
+    """Sums over tokens, float32; divide by the sum of weights for means."""
+
+    total: jax.Array
+    """Weighted nll plus z-loss; the only one with a gradient."""
+    nll: jax.Array
+    """Weighted negative log-likelihood in nats."""
+
+
+def cross_entropy(
+    x_BTD, kernel_DW, targets_BT, weights_BT, *, z_loss: float = 0.0, chunk_tokens: int = 1024
+) -> TokenLoss:
+    """Sums of weights * (nll + z_loss * log_normaliser**2) over all tokens, in float32.
+
+    x_BTD [B, T, D] is the output of the final norm, kernel_DW [D, W] the output head, targets int32
+    [B, T], weights float32 [B, T]; a token of weight 0 counts for nothing, whatever its target.
+
+    At most about `chunk_tokens` rows of logits exist at one time, and none is computed twice: the
+    forward pass leaves the gradients of x and of the head behind (they are linear in the cotangent
+    of the sum), so the cost is that of three matrix products, as without chunks.
+    """
+    sums = _cross_entropy(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT)
+    return TokenLoss(*sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT):
+    kernel_f32 = kernel_DW.astype(jnp.float32)
+
+    def one_chunk(sums, chunk):
+        total, nll, _, _ = _chunk_loss(z_loss, kernel_f32, *chunk)
+        return (sums[0] + total, sums[1] + nll), None
+
+    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    sums, _ = _scan(one_chunk, (jnp.float32(0), jnp.float32(0)), chunks)
+    return sums
+
+
+def _cross_entropy_fwd(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT):
+    kernel_f32 = kernel_DW.astype(jnp.float32)
+
+    def one_chunk(carry, chunk):
+        total_sum, nll_sum, dkernel_DW = carry
+        x_BCD = chunk[0]
+        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, kernel_f32, *chunk)
+        dx_BCD = jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32)
+        dkernel_DW = dkernel_DW + jnp.einsum("bcd,bcw->dw", x_f32, dlogits_BCW)
+        return (total_sum + total, nll_sum + nll, dkernel_DW), dx_BCD.astype(x_BCD.dtype)
+
+    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(kernel_f32))
+    (total, nll, dkernel_DW), dx_NBCD = _scan(one_chunk, start, chunks)
+    dx_BTD = _join(dx_NBCD, x_BTD.shape[1])
+    return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype))
+
+
+def _cross_entropy_bwd(chunk_tokens, z_loss, residuals, cotangents):
+    dx_BTD, dkernel_DW = residuals
+    dtotal, _ = cotangents
+    dx_BTD = dx_BTD * dtotal.astype(dx_BTD.dtype)
+    dkernel_DW = dkernel_DW * dtotal.astype(dkernel_DW.dtype)
+    return dx_BTD, dkernel_DW, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def _chunk_loss(z_loss, kernel_DW, x_BCD, targets_BC, weights_BC):
+    """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32)."""
+    x_BCD = x_BCD.astype(jnp.float32)
+    logits_BCW = jnp.einsum("bcd,dw->bcw", x_BCD, kernel_DW)
+    max_BC1 = jnp.max(logits_BCW, axis=-1, keepdims=True)
+    exp_BCW = jnp.exp(logits_BCW - max_BC1)
+    sum_BC1 = jnp.sum(exp_BCW, axis=-1, keepdims=True)
+    normaliser_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0]
+    picked_BC = jnp.take_along_axis(logits_BCW, targets_BC[..., None], axis=-1)[..., 0]
+    nll = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
+    total = nll + z_loss * jnp.sum(weights_BC * normaliser_BC**2)
+    scale_BC = weights_BC * (1 + 2 * z_loss * normaliser_BC)
+    is_target_BCW = targets_BC[..., None] == jax.lax.broadcasted_iota(
+        jnp.int32, logits_BCW.shape, 2
+    )
+    dlogits_BCW = exp_BCW * (scale_BC[..., None] / sum_BC1) - jnp.where(
+        is_target_BCW, weights_BC[..., None], 0.0
+    )
+    return total, nll, dlogits_BCW, x_BCD
+
+
+def _split(chunk_tokens, x_BTD, targets_BT, weights_BT):
+    """Each array as [N, B, C, ...]: chunks of time, so that a sharded batch stays as it lies."""
+    B, T, _ = x_BTD.shape
+    C = min(T, max(1, chunk_tokens // B))
+    pad = -T % C
+
+    def split(array):
+        array = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
+        return jnp.moveaxis(array.reshape(B, -1, C, *array.shape[2:]), 1, 0)
+
+    return tuple(split(array) for array in (x_BTD, targets_BT, weights_BT))
+
+
+def _join(array_NBCD, T):
+    array_BNCD = jnp.moveaxis(array_NBCD, 0, 1)
+    B, N, C, D = array_BNCD.shape
+    return array_BNCD.reshape(B, N * C, D)[:, :T]
+
+
+def _scan(body, carry, chunks):
+    """jax.lax.scan, without a loop where there is but one chunk."""
+    if chunks[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, chunks)
+    carry, out = body(carry, tuple(chunk[0] for chunk in chunks))
+    return carry, None if out is None else out[None]

@@ -1,0 +1,171 @@
+"""The directory of a run: what lies where, how it is begun, and how it is found again."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from hybrid_jax import data as data_lib
+from hybrid_jax.config import text
+from hybrid_jax.config.training import Text, TrainConfig
+from hybrid_jax.data import store as store_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside RUN."""
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def curve(self) -> pathlib.Path:
+        return self.path / "loss.png"
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def tokens(self) -> pathlib.Path:
+        return self.path / "tokens"
+
+    def read_config(self) -> TrainConfig:
+        """The stored configuration. Raises FileNotFoundError if this is no run."""
+        if not self.config.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds no run to resume: there is no {self.config.name} in it. Start "
+                "one without --resume, or check --out."
+            )
+        return text.read_yaml(TrainConfig, self.config)
+
+
+def begin(config: TrainConfig, path) -> RunDirectory:
+    """Claim an empty or new directory for a run and store its configuration there.
+
+    Raises FileExistsError if there is something in it already.
+    """
+    run = RunDirectory(pathlib.Path(path))
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise FileExistsError(
+            f"{run.path} already holds a run or other files. Continue it with --resume, or choose "
+            "another directory with --out."
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    _store_config(run, config)
+    return run
+
+
+def resume(config: TrainConfig, path) -> RunDirectory:
+    """The directory of a run that `config` continues; only `steps` may have changed.
+
+    Raises FileNotFoundError if there is no run, ValueError listing what differs.
+    """
+    run = RunDirectory(pathlib.Path(path))
+    stored = run.read_config()
+    differences = [
+        f"  {old.strip()}  (now: {new.strip()})"
+        for old, new in _changed_lines(stored, dataclasses.replace(config, steps=stored.steps))
+    ]
+    if differences:
+        raise ValueError(
+            f"{run.path} was begun with another configuration; only steps may change on --resume:\n"
+            + "\n".join(differences)
+            + "\nLeave those options out, or start a new run with another --out."
+        )
+    _store_config(run, config)
+    return run
+
+
+def _store_config(run: RunDirectory, config: TrainConfig) -> None:
+    beside = run.config.with_name("config.yaml.new")
+    text.write_yaml(config, beside)
+    beside.replace(run.config)
+
+
+def _changed_lines(stored: TrainConfig, wanted: TrainConfig):
+    """Pairs of lines of the two dumps that differ, by path of the leaf."""
+    old, new = (
+        dict(line.split(" = ", 1) for line in text.dump(config).splitlines())
+        for config in (stored, wanted)
+    )
+    for path in [*old, *(path for path in new if path not in old)]:
+        if old.get(path) != new.get(path):
+            yield f"{path} = {old.get(path, 'absent')}", new.get(path, "absent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A run's data, ready to be cut into windows."""
+
+    training: data_lib.TokenStore
+    heldout: data_lib.TokenStore | None
+
+
+def prepare_tokens(
+    config: TrainConfig, run: RunDirectory, documents, note: Callable[[str], None]
+) -> Tokens:
+    """The run's token stores: read if they are there, else made from `documents()`.
+
+    Trains and stores the tokenizer first if the run has none. Stored once, the data of a run never
+    changes, whatever becomes of the text files.
+    """
+    if not (run.tokens / "training.json").exists():
+        _tokenise(config, run, documents(), note)
+    training = store_lib.TokenStore.load(run.tokens, "training")
+    training.check_vocabulary(config.model.vocab_size, "training text")
+    heldout = None
+    if (run.tokens / "heldout.json").exists():
+        heldout = store_lib.TokenStore.load(run.tokens, "heldout")
+        heldout.check_vocabulary(config.model.vocab_size, "held-out text")
+    return Tokens(training, heldout)
+
+
+def read_documents(config: Text, note: Callable[[str], None]) -> list[data_lib.Document]:
+    """The documents `config` names; what had to be left out is said, at most three times."""
+    documents, complaints = data_lib.find_documents(config.path, config.pattern, config.exclude)
+    for complaint in complaints[:3]:
+        note(complaint)
+    if len(complaints) > 3:
+        note(f"... and {len(complaints) - 3} more files left out.")
+    return documents
+
+
+def _tokenise(config: TrainConfig, run: RunDirectory, documents, note) -> None:
+    fraction = config.data.heldout_fraction
+    heldout = [d for d in documents if data_lib.is_heldout(d.name, fraction)]
+    training = [d for d in documents if not data_lib.is_heldout(d.name, fraction)]
+    if not training:
+        raise ValueError(
+            f"All {len(documents)} documents fell into the held-out part. Give more documents, or "
+            "--data.heldout-fraction 0."
+        )
+    if run.tokenizer.exists():
+        tokenizer = data_lib.Tokenizer.load(run.tokenizer)
+    else:
+        tokenizer = _tokenizer(config, training, note)
+        tokenizer.save(run.tokenizer)
+    note(f"Tokenising {len(training)} documents, {len(heldout)} held out ...")
+    if heldout:
+        store_lib.tokenise(heldout, tokenizer).save(run.tokens, "heldout")
+    store = store_lib.tokenise(training, tokenizer)
+    note(f"{len(store.ids):,} training tokens, vocabulary {tokenizer.vocab_size}.")
+    store.save(run.tokens, "training")
+
+
+def _tokenizer(config: TrainConfig, training, note) -> data_lib.Tokenizer:
+    if config.data.tokenizer is not None:
+        return data_lib.Tokenizer.load(config.data.tokenizer)
+    megabytes = sum(len(document.text) for document in training) / 1e6
+    note(f"Training a tokenizer on {len(training)} documents ({megabytes:.1f} MB) ...")
+    return data_lib.train_tokenizer((d.text for d in training), config.model.vocab_size)

@@ -1,0 +1,38 @@
+"""What training carries from one update to the next."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax import model as model_lib
+from hybrid_jax.config import training as config_lib
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Named, Skeleton
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A pytree; everything that an update reads and writes."""
+
+    step: jax.Array
+    """int32 scalar: updates done."""
+    params: Named
+    """Parameters by name."""
+    optimizer: Any
+    """The optimiser's own state: moments by name, and counts."""
+
+
+def initial_state(config: config_lib.TrainConfig, skeleton: Skeleton, optimizer: Optimizer):
+    """The state before the first update, with parameters drawn from `config.seed`."""
+    params = skeleton.named(model_lib.build(config.model, config.seed))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def abstract_state(skeleton: Skeleton, optimizer: Optimizer) -> TrainState:
+    """Shapes and dtypes of `initial_state`; allocates nothing."""
+    return jax.eval_shape(
+        lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), skeleton.abstract
+    )

@@ -1,0 +1,119 @@
+"""One update: gradients of the loss over a batch, accumulated over rounds, then the optimiser."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from hybrid_jax.config import training as config_lib
+from hybrid_jax.data import Batch
+from hybrid_jax.training import balance
+from hybrid_jax.training.loss import cross_entropy
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Named, Skeleton
+from hybrid_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    config: config_lib.TrainConfig, skeleton: Skeleton, optimizer: Optimizer
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
+
+    With `config.accumulate` = n the rows go through the model in n rounds. Every token weighs the
+    same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
+    the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
+    """
+
+    def train_step(state: TrainState, batch: Batch):
+        loss = lambda params, part, share: _loss(config, skeleton, params, part, share)
+        gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
+        params, optimizer_state, norm = optimizer.update(
+            state.params, gradients, state.optimizer, state.step
+        )
+        metrics |= {"learning_rate": optimizer.learning_rate(state.step), "gradient_norm": norm}
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_evaluation_step(
+    config: config_lib.TrainConfig, skeleton: Skeleton
+) -> Callable[[Named, Batch], tuple[jax.Array, jax.Array]]:
+    """A compiled (params, batch) -> (sum of nats, sum of weights) over the batch's targets."""
+
+    def evaluation_step(params: Named, batch: Batch):
+        model = skeleton.model(params)
+        hidden = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+        sums = cross_entropy(
+            hidden.x_BTD,
+            model.head_kernel(),
+            batch.targets_BT,
+            batch.weights_BT,
+            chunk_tokens=config.loss.chunk_tokens,
+        )
+        return sums.nll, jnp.sum(batch.weights_BT)
+
+    return jax.jit(evaluation_step)
+
+
+def _loss(config, skeleton, params: Named, batch: Batch, share) -> tuple[jax.Array, Metrics]:
+    """What is minimised over (part of) a batch, and sums for the metrics.
+
+    `share` is the number of tokens in the whole batch: what the sums are divided by.
+    """
+    model = skeleton.model(params)
+    hidden = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+    sums = cross_entropy(
+        hidden.x_BTD,
+        model.head_kernel(),
+        batch.targets_BT,
+        batch.weights_BT,
+        z_loss=config.loss.z_loss,
+        chunk_tokens=config.loss.chunk_tokens,
+    )
+    metrics = {"loss": sums.nll / share, "tokens": jnp.sum(batch.weights_BT)}
+    total = sums.total / share
+    if hidden.routing is not None:
+        round_share = jnp.sum(batch.weights_BT) / share
+        balanced = balance.balance_loss(config.loss.balance, hidden.routing) * round_share
+        router_z = balance.router_z_loss(hidden.routing) * round_share
+        total = total + balanced + config.loss.router_z_loss * router_z
+        metrics |= {"balance_loss": balanced, "router_z": router_z}
+        metrics["expert_hits"] = hidden.routing.hits_E
+    return total, metrics
+
+
+def _accumulated(loss, params: Named, batch: Batch, rounds: int) -> tuple[Named, Metrics]:
+    """(gradients in float32, metrics) of the whole batch, `rounds` parts one after the other."""
+    tokens = jnp.maximum(jnp.sum(batch.weights_BT), 1.0)
+    gradient = jax.grad(loss, has_aux=True)
+    if rounds == 1:
+        gradients, metrics = gradient(params, batch, tokens)
+        return gradients, _finish(metrics)
+    # Rows are dealt out in turn, so that each round holds rows of every shard of the batch.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, rounds, *x.shape[1:]), 1, 0), batch)
+
+    def add(totals, part):
+        gradients, metrics = gradient(params, part, tokens)
+        found = jax.tree.map(lambda x: x.astype(jnp.float32), (gradients, metrics))
+        return jax.tree.map(jnp.add, totals, found), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda part: gradient(params, part, tokens), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    (gradients, metrics), _ = jax.lax.scan(add, zeros, parts)
+    return gradients, _finish(metrics)
+
+
+def _finish(metrics: Metrics) -> Metrics:
+    """Loads of the experts as the extremes over layers, relative to an even load."""
+    hits_LE = metrics.pop("expert_hits", None)
+    if hits_LE is None:
+        return metrics
+    load_LE = hits_LE / jnp.maximum(jnp.mean(hits_LE, axis=-1, keepdims=True), 1e-9)
+    return metrics | {
+        "expert_load_max": jnp.max(load_LE),
+        "expert_load_min": jnp.min(load_LE),
+    }
