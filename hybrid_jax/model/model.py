@@ -67,8 +67,14 @@ class Model(nnx.Module):
 
     def logits(self, x_BTD) -> jax.Array:
         """The head, in float32 whatever the model computes in."""
-        kernel_DW = self.embedding.table[...].T if self.config.tie_embeddings else self.head.kernel[...]
-        return jnp.einsum("...d,dw->...w", x_BTD.astype(jnp.float32), kernel_DW.astype(jnp.float32))
+        kernel_DW = self.head_kernel().astype(jnp.float32)
+        return jnp.einsum("...d,dw->...w", x_BTD.astype(jnp.float32), kernel_DW)
+
+    def head_kernel(self) -> jax.Array:
+        """The output matrix [D, W] as it is stored; the embedding table's transpose if tied."""
+        if self.config.tie_embeddings:
+            return self.embedding.table[...].T
+        return self.head.kernel[...]
 
     def trace(self, tokens_BT, segment_ids=None, positions=None) -> list[jax.Array]:
         """x [B, T, D] after every layer, unrolled, for comparison with other implementations."""
