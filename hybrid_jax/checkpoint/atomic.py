@@ -1,0 +1,68 @@
+"""Write a directory so that it appears whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+
+@contextlib.contextmanager
+def new_directory(path, *, overwrite: bool = False):
+    """Yields an empty sibling of `path` that takes its place when the block ends without an error.
+
+    On any error the sibling is removed and `path` is as before. An existing non-empty `path` is a
+    ValueError unless `overwrite` is set; then the old directory goes only after the new one is in
+    place.
+    """
+    path = pathlib.Path(os.path.abspath(path))
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} must be a directory or not exist; it is a file or a link.")
+    occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not overwrite:
+        raise ValueError(
+            f"{path} exists and is not empty. Choose another destination, remove it, or ask to "
+            "overwrite it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
+    try:
+        # mkdtemp makes it private; a checkpoint is as public as its parent lets new directories be.
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+        _sync(draft)
+        _replace(draft, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:
+    if not path.is_dir() or not any(path.iterdir()):
+        os.rename(draft, path)
+        return
+    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    os.rename(path, old)
+    try:
+        os.rename(draft, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: pathlib.Path) -> None:
+    """Force names and data to the medium, or a power cut could leave an empty file behind a rename."""
+    for place, _, files in os.walk(directory):
+        for name in [*(os.path.join(place, file) for file in files), place]:
+            fd = os.open(name, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Containers: how tensors lie in files, whatever they are called."""

@@ -1,0 +1,50 @@
+"""FP8 weights with one float32 scale a block: W[i, j] = stored[i, j] * scale_inv[i // 128, j // 128]."""
+
+import numpy as np
+
+from hybrid_jax.checkpoint.formats.protocol import TensorInfo
+
+SCALE_SUFFIX = "_scale_inv"
+FP8_TAGS = ("F8_E4M3", "F8_E5M2")
+
+
+def block_size(config: dict, where: str) -> tuple[int, int] | None:
+    """Rows and columns of a block from config.json's `quantization_config`; None if not quantised.
+
+    ValueError for any quantisation other than block-scaled FP8.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "fp8":
+        raise ValueError(
+            f"{where}: quantization_config has quant_method {method!r}; readable is 'fp8' with "
+            "blocks and a weight_scale_inv beside each weight."
+        )
+    block = quantization.get("weight_block_size")
+    if (
+        not isinstance(block, list)
+        or len(block) != 2
+        or any(type(size) is not int or size <= 0 for size in block)
+    ):
+        raise ValueError(
+            f"{where}: quantization_config.weight_block_size must be two positive whole numbers; "
+            f"got {block!r}."
+        )
+    return block[0], block[1]
+
+
+def scale_shape(weight: TensorInfo, block: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the scale of a two-dim weight; the last block of a row or column may be short."""
+    rows, columns = weight.shape
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def dequantize(stored: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """The weight in float32. Despite its name, the stored inverse scale multiplies."""
+    weight = stored.astype(np.float32)
+    for i in range(scale.shape[0]):
+        rows = weight[i * block[0] : (i + 1) * block[0]]
+        rows *= np.repeat(scale[i].astype(np.float32), block[1])[None, : weight.shape[1]]
+    return weight

@@ -1,0 +1,7 @@
+"""config.json in its three dialects: Text-01 and M1 as released, transformers' `minimax`, and M2."""
+
+from hybrid_jax.checkpoint.hf_config.dialects import Description as Description
+from hybrid_jax.checkpoint.hf_config.dialects import describe as describe
+from hybrid_jax.checkpoint.hf_config.dialects import read_json as read_json
+from hybrid_jax.checkpoint.hf_config.dialects import with_dtype as with_dtype
+from hybrid_jax.checkpoint.hf_config.dialects import write as write

@@ -1,0 +1,133 @@
+"""Tell which dialect a config.json is in, read it, and write one for a model."""
+
+import dataclasses
+import json
+import pathlib
+
+from hybrid_jax.checkpoint.hf_config import m2, native, original
+from hybrid_jax.checkpoint.hf_config.fields import CARRIED, Fields
+from hybrid_jax.config import layers, model
+from hybrid_jax.config.text import near_names
+
+_READERS = {
+    "minimax_text_01": original.read,
+    "minimax_m1": original.read,
+    # The config classes call themselves so.
+    "MiniMaxText01": original.read,
+    "MiniMaxM1": original.read,
+    "minimax": native.read,
+    "minimax_m2": m2.read,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A config.json that has been understood."""
+
+    model: model.ModelConfig
+    """What it describes."""
+    json: dict
+    """As it was."""
+    model_type: str
+    """The dialect."""
+
+    @property
+    def may_have_extra_layers(self) -> bool:
+        """M2 announces prediction modules past its last layer; loaders skip their tensors."""
+        return self.model_type == "minimax_m2"
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block in transformers' decay tables."""
+        return self.json.get("block_size") or native.BLOCK_SIZE
+
+
+def read_json(path) -> dict:
+    """A JSON object from a file; ValueError names the file if it is missing or something else."""
+    path = pathlib.Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing; a checkpoint needs it to say what its tensors mean."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; got a {type(values).__name__}.")
+    return values
+
+
+def describe(values: dict, where: str) -> Description:
+    """Understand a config.json; ValueError names the file and the field that is wrong."""
+    model_type = _model_type(values, where)
+    fields = Fields(values, where)
+    try:
+        config = _READERS[model_type](fields)
+    except ValueError as error:
+        # Fields name the file themselves; what layers and models check among each other does not.
+        message = str(error)
+        raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
+    return Description(config, values, model_type)
+
+
+def _model_type(values: dict, where: str) -> str:
+    # M2 was first released with model_type "minimax"; its class name tells the two apart.
+    if values.get("model_type") == "minimax" and values.get("architectures") == [
+        "MiniMaxM2ForCausalLM"
+    ]:
+        return "minimax_m2"
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _READERS:
+        raise ValueError(
+            f"{where}: model_type is {model_type!r}; expected one of {', '.join(_READERS)}."
+            f"{near_names(str(model_type), _READERS)}"
+        )
+    return model_type
+
+
+def write(
+    config: model.ModelConfig, format: str, dtype: str, source: Description | None = None
+) -> dict:
+    """config.json for a model as `hf` (transformers) or `hf-original` (as released).
+
+    `source`, if given, is the config.json that the model came with: taken over as it is if it already
+    is in that dialect, and its token ids and training settings otherwise.
+    """
+    native_wanted = format == "hf"
+    if source is not None and _speaks(source, native_wanted):
+        return source.json
+    sigmoid = any(
+        isinstance(getattr(la.ffn, "router", None), layers.SigmoidTopK) for la in config.layers
+    )
+    if sigmoid:
+        values = m2.write(config, native=native_wanted)
+    elif native_wanted:
+        values = native.write(config)
+    else:
+        values = original.write(config, _original_type(config))
+    carried = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
+    if source is not None:
+        carried |= {name: source.json[name] for name in CARRIED if name in source.json}
+    return dict(
+        sorted((carried | values | {"dtype" if native_wanted else "torch_dtype": dtype}).items())
+    )
+
+
+def with_dtype(values: dict, dtype: str) -> dict:
+    """A config.json after all weights became `dtype`: no longer quantised, and saying so."""
+    values = {name: value for name, value in values.items() if name != "quantization_config"}
+    names = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
+    return values | dict.fromkeys(names, dtype)
+
+
+def _speaks(source: Description, native_wanted: bool) -> bool:
+    if source.model_type == "minimax_m2":
+        # Both readers know both spellings.
+        return source.json.get("model_type") == "minimax_m2"
+    return (source.model_type == "minimax") == native_wanted
+
+
+def _original_type(config: model.ModelConfig) -> str:
+    """A model that was read from an M1 file is written as one; the two differ in nothing else."""
+    return config.name if config.name in original.MODEL_TYPES else original.MODEL_TYPES[0]

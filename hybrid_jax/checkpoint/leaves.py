@@ -1,0 +1,38 @@
+"""Our own parameters by path: what a model of a config holds, and arrays into and out of a model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybrid_jax import model as models
+from hybrid_jax.config.model import ModelConfig
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter; allocates nothing."""
+    return {path: leaf.shape for path, leaf in _flat(models.abstract(config)).items()}
+
+
+def arrays(model: models.Model) -> dict[str, jax.Array]:
+    """Path -> array of every parameter of a model."""
+    return {path: param[...] for path, param in _flat(model).items()}
+
+
+def fill(config: ModelConfig, read) -> models.Model:
+    """A model whose parameter `path` is `read(path, shape, dtype)`, a numpy array, one at a time."""
+    graph, state = nnx.split(models.abstract(config))
+    filled = [
+        (path, param.replace(jnp.asarray(read(_name(path), param.shape, np.dtype(param.dtype)))))
+        for path, param in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _flat(model) -> dict:
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_name(path): param for path, param in state}
+
+
+def _name(path) -> str:
+    return ".".join(map(str, path))

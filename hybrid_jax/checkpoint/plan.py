@@ -1,0 +1,120 @@
+"""What a converted checkpoint will hold and what each of its tensors is made from, before any is read."""
+
+import dataclasses
+
+import numpy as np
+
+from hybrid_jax.checkpoint import decay_tables
+from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
+from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
+from hybrid_jax.checkpoint.names import minimax
+from hybrid_jax.checkpoint.names.rules import Rule
+from hybrid_jax.checkpoint.opened import Checkpoint
+
+DTYPE_TAGS = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One tensor to write; `rule` is set if it is cut out of the stored one rather than copied."""
+
+    info: TensorInfo
+    rule: Rule | None = None
+
+    def make(self, array: np.ndarray, stored_rule: Rule | None) -> np.ndarray:
+        """The tensor out of the stored array."""
+        if self.rule is not None:
+            block = stored_rule.cut(stored_rule.to_block(array), self.rule)
+            array = self.rule.from_block(block)
+        return array.astype(DTYPES[self.info.dtype], copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Stored tensors and what comes out of each, and the decay tables that no stored tensor holds."""
+
+    outputs: dict[str, list[Output]]
+    """Stored name -> what is written from it; every stored tensor is here once or in `dropped`."""
+    tables: dict[str, tuple[TensorInfo, int]]
+    """Decay tables to compute: name -> (info, layer)."""
+    dropped: list[str]
+    """Stored names that are not written: FP8 scales that were applied, tables the format has not."""
+    vocabulary: str
+    """`published` or `tree`."""
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """Everything written, in the order in which it comes."""
+        made = [output.info for outputs in self.outputs.values() for output in outputs]
+        return made + [info for info, _ in self.tables.values()]
+
+
+def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
+    """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored."""
+    published = checkpoint.description is not None
+    dropped = list(checkpoint.scales.values()) if dtype else []
+    if format == "hf-original":
+        dropped += [name for name in checkpoint.derived if minimax.is_decay_buffer(name)]
+    copies = {
+        info.name: [Output(_cast(info, checkpoint, dtype))]
+        for info in checkpoint.source.tensors.values()
+        if info.name not in dropped
+    }
+    if format == "orbax":
+        return Plan(copies, {}, dropped, "published" if published else "tree")
+    targets = _targets(checkpoint, format)
+    outputs = copies
+    if any(name not in targets for name in checkpoint.rules):
+        outputs = _recut(checkpoint, copies, targets, dtype)
+    tables = {}
+    if format == "hf":
+        block_size = checkpoint.description.block_size if published else BLOCK_SIZE
+        tables = decay_tables.infos(checkpoint.config, block_size)
+        tables = {name: table for name, table in tables.items() if name not in checkpoint.derived}
+    return Plan(outputs, tables, dropped, "published")
+
+
+def _targets(checkpoint: Checkpoint, format: str) -> dict[str, Rule]:
+    # `hf` keeps the spelling that is stored: transformers reads each of them.
+    stored = checkpoint.source.tensors if format == "hf" else ()
+    return {rule.name: rule for rule in minimax.rules(checkpoint.config, stored)}
+
+
+def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
+    """Weights whose name differs between the vocabularies, each cut from the one tensor that covers it."""
+    by_place: dict = {}
+    for rule in checkpoint.rules.values():
+        by_place.setdefault((rule.leaf, rule.index[:2]), []).append(rule)
+    outputs = {name: value for name, value in copies.items() if name not in checkpoint.rules}
+    outputs |= {name: [] for name in checkpoint.rules}
+    for target in targets.values():
+        covering = [r for r in by_place[target.leaf, target.index[:2]] if r.covers(target)]
+        if not covering:
+            raise ValueError(
+                f"{checkpoint.path} has no single tensor that holds {target.name!r} of the released "
+                "vocabulary. Convert to `hf` or `orbax` instead."
+            )
+        stored = checkpoint.source.tensors[covering[0].name]
+        info = TensorInfo(target.name, stored.dtype, target.shape)
+        same = covering[0].name == target.name
+        if not same and stored.name in checkpoint.scales and dtype is None:
+            raise ValueError(
+                f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which its "
+                "scales do not follow. Give a dtype (--dtype bfloat16)."
+            )
+        outputs[stored.name].append(
+            Output(_cast(info, checkpoint, dtype), None if same else target)
+        )
+    return outputs
+
+
+def _cast(info: TensorInfo, checkpoint: Checkpoint, dtype: str | None) -> TensorInfo:
+    is_float = info.dtype.startswith(("F", "BF"))
+    if dtype is None or not is_float or info.name in checkpoint.derived:
+        return info
+    keeps = info.dtype == "F32" and _is_float32(info.name)
+    return info if keeps else dataclasses.replace(info, dtype=DTYPE_TAGS[dtype])
+
+
+def _is_float32(name: str) -> bool:
+    return minimax.is_float32(name) or name.endswith((".ffn.router", ".ffn.correction_bias"))
