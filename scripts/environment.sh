@@ -122,7 +122,7 @@ install_project() {
 make_environment() {
   local python
   # Two scripts started at once would install into each other's half-made environment.
-  exec 9<setup.cfg
+  exec 9>"$1.lock"
   if command -v flock >/dev/null; then flock 9; fi
   # Settings of the caller's shell that would send pip or Python elsewhere.
   unset PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX
@@ -132,6 +132,8 @@ make_environment() {
     say "Making $1 with $("$python" --version) ($python)."
     "$python" -m venv --clear "$1"
   fi
+  # Environments made by other tools come without pip.
+  if [ ! -x "$1/bin/pip" ]; then "$1/bin/python" -m ensurepip --default-pip >/dev/null; fi
   # PyTorch first: the test extra would otherwise resolve to whatever build the index prefers.
   if [ "$3" = torch ]; then install_torch "$1"; fi
   install_project "$1" "$2"

@@ -45,6 +45,17 @@ def test_every_test_folder_is_a_package():
     assert not bare, f"no __init__.py in {sorted(bare)}"
 
 
+def test_documents_name_paths_that_exist():
+    documents = [*source.ROOT.glob("*.md"), *source.ROOT.glob("docs/**/*.md")]
+    missing = [
+        f"{source.name(document)}: {path}"
+        for document in documents
+        for path in re.findall(r"`([\w./-]+/[\w./-]*)`", document.read_text(encoding="utf-8"))
+        if not (source.ROOT / path).exists()
+    ]
+    assert not missing, "\n".join(missing)
+
+
 @pytest.mark.parametrize("folder", source.FOLDERS)
 def test_no_promise_without_a_date(folder):
     undated = [
