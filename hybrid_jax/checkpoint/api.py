@@ -57,8 +57,8 @@ def save(
     Args:
         model: Any model; `hf` and `hf-original` take those that the published family can express.
         path: The directory; an existing one that is not empty is a ValueError unless `overwrite`.
-        format: `hf-original` (released names and config.json), `hf` (as transformers writes it, with
-            decay tables), or `orbax` (names of our own and config.yaml; takes every model).
+        format: `hf-original` (released names and config.json), `hf` (as transformers writes it,
+            with decay tables), or `orbax` (names of our own and config.yaml; takes every model).
         sidecars: A directory whose tokenizer, generation config and chat template travel along.
         overwrite: Replace what is there, once the new directory is complete.
 

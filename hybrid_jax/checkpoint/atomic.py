@@ -52,7 +52,7 @@ def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _sync(directory: pathlib.Path) -> None:
-    """Force names and data to the medium, or a power cut could leave an empty file behind a rename."""
+    """Force names and data to the medium, or a power cut could leave empty files after a rename."""
     for place, _, files in os.walk(directory):
         for name in [*(os.path.join(place, file) for file in files), place]:
             fd = os.open(name, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Convert a checkpoint directory tensor by tensor; peak memory is a few tensors, whatever the model."""
+"""Convert a checkpoint directory tensor by tensor, in the memory of a few tensors."""
 
 import contextlib
 import dataclasses
@@ -53,8 +53,8 @@ def convert(
         dst: Appears whole at the end, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it.
-        dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales; routers
-            that are stored in float32 stay so. None keeps every tensor's bytes.
+        dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
+            routers that are stored in float32 stay so. None keeps every tensor's bytes.
         progress: Called as progress(done_bytes, total_bytes, tensor_name) after each tensor.
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
@@ -85,7 +85,7 @@ def convert(
 
 @contextlib.contextmanager
 def filling(sink, infos, progress=None):
-    """Yields write(name, array) into a sink, which is closed at the end or, on an error, given up."""
+    """Yields write(name, array) into a sink that is closed at the end or, on an error, given up."""
     total, done = sum(info.nbytes for info in infos), 0
 
     def write(name, array):

@@ -1,4 +1,4 @@
-"""The decay tables that transformers stores for every lightning layer, for files that it will load."""
+"""The decay tables that transformers stores with every lightning layer."""
 
 import numpy as np
 

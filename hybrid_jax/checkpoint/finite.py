@@ -1,4 +1,4 @@
-"""Find NaN and infinity by their bits, in pieces, so that a check costs no second copy of a tensor."""
+"""Find NaN and infinity by their bits, in pieces: a check costs no second copy of a tensor."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def check(array: np.ndarray, name: str, where: str) -> None:
     bad = count_nonfinite(array)
     if bad:
         raise ValueError(
-            f"{where}: tensor {name!r} holds {bad} values of {array.size} that are NaN or infinite. "
-            "The weights are damaged or their training diverged; pass check_finite=False "
+            f"{where}: tensor {name!r} holds {bad} values of {array.size} that are NaN or "
+            "infinite. The weights are damaged or their training diverged; pass check_finite=False "
             "(--allow-nonfinite) to take them as they are."
         )

@@ -1,4 +1,4 @@
-"""FP8 weights with one float32 scale a block: W[i, j] = stored[i, j] * scale_inv[i // 128, j // 128]."""
+"""FP8 weights with a scale a block: W[i, j] = stored[i, j] * scale_inv[i // 128, j // 128]."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Our own parameters by path: what a model of a config holds, and arrays into and out of a model."""
+"""Parameters of our own model by path: shapes from a config, arrays out of a model and in."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def arrays(model: models.Model) -> dict[str, jax.Array]:
 
 
 def fill(config: ModelConfig, read) -> models.Model:
-    """A model whose parameter `path` is `read(path, shape, dtype)`, a numpy array, one at a time."""
+    """A model whose parameters are `read(path, shape, dtype)`, numpy arrays, one at a time."""
     graph, state = nnx.split(models.abstract(config))
     filled = [
         (path, param.replace(jnp.asarray(read(_name(path), param.shape, np.dtype(param.dtype)))))

@@ -1,4 +1,4 @@
-"""A checkpoint directory of any kind, opened and understood: config, weights, and what travels along."""
+"""A checkpoint directory of any kind, opened and understood."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """The checkpoint in a directory: Hugging Face (any dialect), or Orbax as `save` and `convert` write it.
+    """The checkpoint in a directory: Hugging Face, or Orbax as `save` and `convert` write it.
 
     ValueError names the file, field or tensor that is missing, extra, of a wrong shape or dtype.
     """
@@ -81,8 +81,8 @@ def open_checkpoint(path):
         source = HfDirectory(path)
     else:
         raise ValueError(
-            f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), or "
-            f"{orbax.INDEX_NAME} with Orbax weights."
+            f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), "
+            f"or {orbax.INDEX_NAME} with Orbax weights."
         )
     with contextlib.closing(source):
         yield (_published if published else _own)(path, source)

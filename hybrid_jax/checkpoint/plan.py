@@ -1,4 +1,4 @@
-"""What a converted checkpoint will hold and what each of its tensors is made from, before any is read."""
+"""What a converted checkpoint will hold and what each of its tensors is made from."""
 
 import dataclasses
 
@@ -31,14 +31,14 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Stored tensors and what comes out of each, and the decay tables that no stored tensor holds."""
+    """Stored tensors and what comes out of each, and decay tables that no stored tensor holds."""
 
     outputs: dict[str, list[Output]]
     """Stored name -> what is written from it; every stored tensor is here once or in `dropped`."""
     tables: dict[str, tuple[TensorInfo, int]]
     """Decay tables to compute: name -> (info, layer)."""
     dropped: list[str]
-    """Stored names that are not written: FP8 scales that were applied, tables the format has not."""
+    """Stored names that are not written: applied FP8 scales, tables the format does not have."""
     vocabulary: str
     """`published` or `tree`."""
 
@@ -81,7 +81,7 @@ def _targets(checkpoint: Checkpoint, format: str) -> dict[str, Rule]:
 
 
 def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
-    """Weights whose name differs between the vocabularies, each cut from the one tensor that covers it."""
+    """Weights whose name differs between vocabularies, each cut from the tensor that covers it."""
     by_place: dict = {}
     for rule in checkpoint.rules.values():
         by_place.setdefault((rule.leaf, rule.index[:2]), []).append(rule)
@@ -91,16 +91,16 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
         covering = [r for r in by_place[target.leaf, target.index[:2]] if r.covers(target)]
         if not covering:
             raise ValueError(
-                f"{checkpoint.path} has no single tensor that holds {target.name!r} of the released "
-                "vocabulary. Convert to `hf` or `orbax` instead."
+                f"{checkpoint.path} has no single tensor that holds {target.name!r} of the "
+                "released vocabulary. Convert to `hf` or `orbax` instead."
             )
         stored = checkpoint.source.tensors[covering[0].name]
         info = TensorInfo(target.name, stored.dtype, target.shape)
         same = covering[0].name == target.name
         if not same and stored.name in checkpoint.scales and dtype is None:
             raise ValueError(
-                f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which its "
-                "scales do not follow. Give a dtype (--dtype bfloat16)."
+                f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which "
+                "its scales do not follow. Give a dtype (--dtype bfloat16)."
             )
         outputs[stored.name].append(
             Output(_cast(info, checkpoint, dtype), None if same else target)

@@ -1,4 +1,4 @@
-"""Files that travel with the weights: tokenizer, generation config, chat templates, code, licence."""
+"""Files that travel with the weights: tokenizer, generation config, chat template, licence."""
 
 import pathlib
 import shutil

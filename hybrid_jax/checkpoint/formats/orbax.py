@@ -19,7 +19,7 @@ _FORMAT, _VERSION = "hybrid-jax orbax weights", 1
 
 
 class OrbaxSink:
-    """Writes `plan` into `directory`, a group as soon as it is full; tensors may come in any order."""
+    """Writes `plan` into `directory`, group by group; tensors may come in any order."""
 
     def __init__(self, directory, plan, *, vocabulary: str, group_bytes: int = GROUP_BYTES):
         self._directory = pathlib.Path(directory)
@@ -89,7 +89,7 @@ class OrbaxSink:
 
 
 class OrbaxDirectory:
-    """A directory that `OrbaxSink` wrote; `tensors` in stored order, `vocabulary` of their names."""
+    """What `OrbaxSink` wrote: `tensors` in stored order, and the `vocabulary` of their names."""
 
     def __init__(self, directory):
         self.path = pathlib.Path(directory)
@@ -153,14 +153,14 @@ class OrbaxDirectory:
         array = np.asarray(array)
         if array.dtype != protocol.DTYPES[info.dtype] or array.size * array.itemsize != info.nbytes:
             raise ValueError(
-                f"{self.locate(name)}: tensor {name!r} is {array.dtype}{list(array.shape)}, expected "
-                f"{info.dtype}{list(info.shape)}."
+                f"{self.locate(name)}: tensor {name!r} is {array.dtype}{list(array.shape)}, "
+                f"expected {info.dtype}{list(info.shape)}."
             )
         array = np.ascontiguousarray(array).reshape(info.shape)
         if _crc32(array) != self._entries[name]["crc32"]:
             raise ValueError(
-                f"{self.locate(name)}: the bytes of tensor {name!r} are not those that were written "
-                "(checksum). The directory is damaged; copy or convert it again."
+                f"{self.locate(name)}: the bytes of tensor {name!r} are not those that were "
+                "written (checksum). The directory is damaged; copy or convert it again."
             )
         return array
 

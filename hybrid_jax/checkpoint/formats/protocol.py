@@ -1,4 +1,4 @@
-"""What every container offers: named tensors with a dtype and a shape, read and written one by one."""
+"""What every container offers: named tensors, read and written one by one."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ class Sink(typing.Protocol):
 
 
 def check_planned(info: TensorInfo, array: np.ndarray) -> None:
-    """Refuse an array that is not what was planned: files' headers are written before their data."""
+    """Refuse an array that is not what was planned; headers are written before the data."""
     if TAGS.get(array.dtype) != info.dtype or array.shape != info.shape:
         raise ValueError(
             f"Tensor {info.name!r} was planned as {info.dtype}{list(info.shape)} but came as "

@@ -1,4 +1,4 @@
-"""Read one safetensors file: its header is checked in full before the first byte of data is read."""
+"""Read one safetensors file; its header is checked in full before any data is read."""
 
 import json
 import math
@@ -18,12 +18,12 @@ class SafetensorsFile:
     """An open safetensors file; `tensors` in order of their place in it.
 
     Tensors are read with pread into memory of their own, not mapped: pages of a mapped file count
-    as the process's memory, and a file that shrinks while it is read must be an error, not a SIGBUS.
+    as the process's memory, and a file that shrinks meanwhile must be an error, not a SIGBUS.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = pathlib.Path(path)
-        self._file = open(self.path, "rb")
+        self._file = open(self.path, "rb")  # noqa: SIM115 (closed by `close`)
         try:
             self.tensors, self._begins = _read_header(self._file, self.path)
         except BaseException:
@@ -69,8 +69,8 @@ def _read_header(file, path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         )
     if 8 + length > size:
         raise ValueError(
-            f"{path} is truncated: its header should end at byte {8 + length}, the file has {size}. "
-            "Download it again."
+            f"{path} is truncated: its header should end at byte {8 + length}, the file has "
+            f"{size}. Download it again."
         )
     file.seek(8)
     header = _parse(file.read(length), path)

@@ -14,7 +14,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class SafetensorsSink:
-    """Writes `plan` into `directory`: `model.safetensors`, or shards with an index past `shard_bytes`.
+    """Writes `plan` into `directory`: one file, or shards with an index past `shard_bytes`.
 
     Tensors may come in any order; a shard's file is open from its first tensor to its last one.
     """

@@ -1,4 +1,4 @@
-"""config.json in its three dialects: Text-01 and M1 as released, transformers' `minimax`, and M2."""
+"""config.json in its dialects: Text-01 and M1 as released, transformers' `minimax`, and M2."""
 
 from hybrid_jax.checkpoint.hf_config.dialects import Description as Description
 from hybrid_jax.checkpoint.hf_config.dialects import describe as describe

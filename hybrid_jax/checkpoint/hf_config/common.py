@@ -35,7 +35,7 @@ class Attention:
 
 
 def read_attention(fields: Fields) -> Attention:
-    """Head counts and size; without `head_dim`, heads share the model's width as in the released code."""
+    """Head counts and size; without `head_dim`, heads share the model's width (released code)."""
     heads, wide = fields.size("num_attention_heads"), fields.size("hidden_size")
     head_dim = fields.size("head_dim", None)
     if head_dim is None:

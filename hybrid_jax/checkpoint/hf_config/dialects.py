@@ -91,8 +91,8 @@ def write(
 ) -> dict:
     """config.json for a model as `hf` (transformers) or `hf-original` (as released).
 
-    `source`, if given, is the config.json that the model came with: taken over as it is if it already
-    is in that dialect, and its token ids and training settings otherwise.
+    `source`, if given, is the config.json that the model came with: taken over as it is if it is
+    in that dialect already, and else its token ids and training settings.
     """
     native_wanted = format == "hf"
     if source is not None and _speaks(source, native_wanted):

@@ -1,4 +1,4 @@
-"""Take fields out of a config.json one by one, so that whatever is left over is an unknown field."""
+"""Take fields out of a config.json one by one; whatever is left over is an unknown field."""
 
 import dataclasses
 import math
@@ -137,7 +137,7 @@ class Fields:
         return [kinds[item] for item in value]
 
     def only(self, name: str, *allowed) -> None:
-        """A field that may be absent and otherwise has one of the values that this code computes."""
+        """A field that is absent or has one of the values that this code computes."""
         value = self._get(name, allowed[0])
         if not any(
             value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed
@@ -202,8 +202,8 @@ def rope(fields: Fields, head_dim: int, default_rotary_dim: int) -> tuple[float,
         )
     if len(thetas) > 1 or len(dims) > 1:
         raise ValueError(
-            f"{fields.where}: rope_theta {sorted(thetas)} and rotary_dim {sorted(dims, key=str)} are "
-            "given twice, with different values."
+            f"{fields.where}: rope_theta {sorted(thetas)} and rotary_dim {sorted(dims, key=str)} "
+            "are given twice, with different values."
         )
     rotary_dim = dims.pop() if dims else default_rotary_dim
     if type(rotary_dim) is not int or rotary_dim < 0:

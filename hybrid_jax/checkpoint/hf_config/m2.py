@@ -1,4 +1,4 @@
-"""config.json of MiniMax-M2 and its successors (model_type minimax_m2), released and by transformers."""
+"""config.json of MiniMax-M2 and its successors, as released and as transformers writes it."""
 
 from hybrid_jax.checkpoint.hf_config import common
 from hybrid_jax.checkpoint.hf_config.fields import Fields, rope
@@ -13,8 +13,8 @@ def read(fields: Fields) -> model.ModelConfig:
     fields.only("use_routing_bias", True)
     fields.only("qk_norm_type", "per_layer")
     fields.only("shared_intermediate_size", 0, [0])
-    # In the released file but without effect: no shared expert, no residual factors, no dense layer,
-    # and multi-token-prediction modules that were never published.
+    # In the released file but without effect: no shared expert, no residual factors, no dense
+    # layer, and multi-token-prediction modules that were never published.
     for kind in ("full_attention", "linear_attention", "mlp"):
         fields.only(f"layernorm_{kind}_alpha", 1.0)
         fields.only(f"layernorm_{kind}_beta", 1.0)

@@ -1,4 +1,4 @@
-"""config.json as transformers writes it for `minimax` (MiniMaxForCausalLM, the "-hf" repositories)."""
+"""config.json as transformers writes it for `minimax` (the "-hf" repositories)."""
 
 from hybrid_jax.checkpoint.hf_config import common
 from hybrid_jax.checkpoint.hf_config.fields import Fields, rope
@@ -48,7 +48,8 @@ def write(config: model.ModelConfig) -> dict:
     ):
         if is_wrong:
             raise ValueError(
-                f"transformers' `minimax` has no field for {what}. Save as hf-original or orbax instead."
+                f"transformers' `minimax` has no field for {what}. Save as hf-original or "
+                "orbax instead."
             )
     scale = common.factors(found)
     theta, rotary_dim = common.rope_of(found)

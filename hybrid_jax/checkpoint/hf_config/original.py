@@ -1,4 +1,4 @@
-"""config.json as MiniMax released it with Text-01 and M1 (model_type minimax_text_01, minimax_m1)."""
+"""config.json as MiniMax released it with Text-01 and M1."""
 
 from hybrid_jax.checkpoint.hf_config import common
 from hybrid_jax.checkpoint.hf_config.fields import Fields, rope

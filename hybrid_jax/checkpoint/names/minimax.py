@@ -1,8 +1,8 @@
-"""Published names of the family: Text-01, M1 and M2, as on disk in every release and transformers save.
+"""Published names of the family (Text-01, M1, M2), as every release and transformers store them.
 
 Sources: `model.safetensors.index.json` of MiniMax-M1 (8243 names), the loaders of vLLM 0.22.1 and
-0.33, and the conversion table of transformers 5.23. The fused names (`mlp.experts.gate_up_proj`) are
-those of transformers' modules; its own saves use the released ones.
+0.33, and the conversion table of transformers 5.23. The fused names (`mlp.experts.gate_up_proj`)
+are those of transformers' modules; its own saves use the released ones.
 """
 
 import re
@@ -47,7 +47,7 @@ def is_float32(name: str) -> bool:
 
 
 def rules(config: model_lib.ModelConfig, stored=()) -> list[Rule]:
-    """One rule for each published tensor; `stored` names decide which spelling of the experts is meant.
+    """One rule a published tensor; `stored` names decide which spelling of the experts is meant.
 
     ValueError if the config holds something the published family has no name for.
     """

@@ -8,7 +8,7 @@ from hybrid_jax.config import model as model_lib
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One layer: its number, its kind, the prefix of its parameters and its index in their stacks."""
+    """One layer: its number, its kind, its parameters' prefix and its index in their stacks."""
 
     layer_idx: int
     layer: layers_lib.Layer

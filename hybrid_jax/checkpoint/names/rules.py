@@ -1,4 +1,4 @@
-"""One rule a tensor: its published name and shape, its place in our tree, and the way there and back."""
+"""One rule a tensor: its published name and shape, its place in our tree, and the way between."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ import numpy as np
 class Rule:
     """`leaf[index] = published.reshape(split).transpose(order)`, and the inverse.
 
-    `index` has one item a leading dim of the leaf: a number picks, None keeps the dim; dims past its
-    end are kept. Every published tensor fills one block of one leaf, and the blocks of a complete
-    vocabulary tile every leaf, so both directions are total.
+    `index` has one item a leading dim of the leaf: a number picks, None keeps the dim; dims past
+    its end are kept. Every published tensor fills one block of one leaf, and the blocks of a
+    complete vocabulary tile every leaf, so both directions are total.
     """
 
     name: str
@@ -77,8 +77,8 @@ def check_tiling(rules: list[Rule], leaves: dict[str, tuple[int, ...]]) -> None:
         kept = [n for n, i in zip(shape, rule.index, strict=False) if i is None]
         if tuple(kept) + shape[len(rule.index) :] != rule.block_shape:
             raise ValueError(
-                f"{rule.name!r} gives a block {rule.block_shape} for {rule.leaf}{list(rule.index)}, "
-                f"which has shape {shape}."
+                f"{rule.name!r} gives a block {rule.block_shape} for {rule.leaf}{list(rule.index)}"
+                f", which has shape {shape}."
             )
         filled[rule.leaf] += math.prod(rule.block_shape)
     for leaf, shape in leaves.items():

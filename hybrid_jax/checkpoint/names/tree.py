@@ -1,6 +1,6 @@
 """Names of our own, for models that no release has: the parameter's path with the layer's number.
 
-`layers.3.mixer.qkv` is the block of layer 3 out of the stacked parameter `stack.runs.<r>.mixer.qkv`.
+`layers.3.mixer.qkv` is layer 3's block of the stacked parameter `stack.runs.<r>.mixer.qkv`.
 """
 
 from hybrid_jax.checkpoint.names.places import places
@@ -11,7 +11,7 @@ _STACK = "stack.runs."
 
 
 def rules(config: model_lib.ModelConfig, leaves: dict[str, tuple[int, ...]]) -> list[Rule]:
-    """One rule for each layer of each stacked parameter in `leaves` (path to shape), one for the rest."""
+    """One rule a layer of each stacked parameter in `leaves` (path to shape), one for the rest."""
     found = [
         Rule(path, shape, path) for path, shape in leaves.items() if not path.startswith(_STACK)
     ]

@@ -1,0 +1,91 @@
+"""`hybrid-jax convert`: one checkpoint format into another, tensor by tensor."""
+
+import dataclasses
+import json
+import pathlib
+import typing
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Convert a checkpoint directory; the model is never held in memory, only a few tensors are.
+
+    Read are Hugging Face directories (Text-01 and M1 as released, transformers' `minimax`, M2 in
+    bfloat16 and in FP8; one safetensors file or shards) and Orbax as written here. Every tensor is
+    used exactly once, and the destination appears whole at the end or not at all.
+
+    Exit code 0: converted; 2: bad input, or a destination that cannot be written.
+    """
+
+    src: typing.Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="SRC")]
+    """Directory of the checkpoint."""
+    dst: typing.Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DST")]
+    """Directory to create."""
+    format: typing.Literal["orbax", "hf", "hf-original"]
+    """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
+    dtype: typing.Literal["float32", "bfloat16"] | None = None
+    """Dtype of all weights (routers stored in float32 stay so); as stored if not given."""
+    json: pathlib.Path | None = None
+    """Also write the summary to this file."""
+    overwrite: bool = False
+    """Replace a destination that is not empty."""
+    allow_nonfinite: bool = False
+    """Take weights that are NaN or infinite as they are."""
+
+
+def run(args: Args) -> int:
+    """0 when converted; raises ValueError or OSError for bad input."""
+    from hybrid_jax.checkpoint import convert
+
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}.")
+    with _progress_bar() as progress:
+        summary = convert(
+            args.src,
+            args.dst,
+            args.format,
+            args.dtype,
+            progress,
+            check_finite=not args.allow_nonfinite,
+            overwrite=args.overwrite,
+        )
+    print(
+        f"{args.dst}: {summary.tensors:,} tensors, {summary.bytes / 1e9:.3f} GB in "
+        f"{summary.seconds:.1f} s ({summary.bytes / 1e6 / summary.seconds:,.0f} MB/s), peak memory "
+        f"{summary.peak_rss_bytes / 2**20:,.0f} MiB"
+    )
+    if args.json is not None:
+        report = {"format": args.format, "dtype": args.dtype} | summary._asdict()
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+class _progress_bar:
+    """A progress line on a terminal (stderr); nothing where nobody watches."""
+
+    def __enter__(self):
+        import rich.console
+        import rich.progress
+
+        console = rich.console.Console(stderr=True)
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("")
+        return self._update
+
+    def __exit__(self, *error):
+        self._bar.stop()
+
+    def _update(self, done: int, total: int, name: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=name)
