@@ -1,1 +1,1 @@
-"""One matmul per group of rows."""
+"""One matmul per group of consecutive rows: the experts of a mixture, without padding."""

@@ -1,14 +1,162 @@
-"""Interim (lead, 14:40): dense ragged_dot so that the model runs; the builder of this op replaces it.
+"""The public op: checks its arguments, chooses an implementation, and owns the gradient."""
 
-Note for the builder: `group_offset` is needed. With it (int32 scalar, traced), w_EDF holds the groups
-of many layers [L*E, D, F] and group e of this call is w_EDF[group_offset + e]; only the touched
-groups may be read (decode). No gradient is needed when group_offset is given.
-"""
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
 
 
-def grouped_matmul(x_RD, w_EDF, group_sizes_E, *, group_offset=None, implementation=None):
+class Products(NamedTuple):
+    """The three matmuls of one implementation; each takes group sizes [E] as int32."""
+
+    forward: Callable[..., jax.Array]
+    """(x_RD, w_EDF, group_sizes_E, group_offset) -> out_RF"""
+    input_gradient: Callable[..., jax.Array]
+    """(dout_RF, w_EDF, group_sizes_E, group_offset) -> dx_RD"""
+    weight_gradient: Callable[..., jax.Array]
+    """(x_RD, dout_RF, group_sizes_E) -> dw_EDF, of the groups of this call"""
+
+
+XLA = Products(xla.forward, xla.input_gradient, xla.weight_gradient)
+RAGGED_DOT = Products(ragged_dot.forward, ragged_dot.input_gradient, ragged_dot.weight_gradient)
+
+
+def _by_platform(name: str, *arrays) -> jax.Array:
+    """The product for the platform compiled for; the choice is made when the program is lowered."""
+    return lax.platform_dependent(
+        *arrays, tpu=getattr(RAGGED_DOT, name), default=getattr(XLA, name)
+    )
+
+
+# The choice is made inside each product, under the custom gradient: differentiating through
+# platform_dependent would keep residuals of every branch.
+BY_PLATFORM = Products(*(functools.partial(_by_platform, name) for name in Products._fields))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient(products: Products, x_RD, w_EDF, group_sizes_E, group_offset):
+    return products.forward(x_RD, w_EDF, group_sizes_E, group_offset)
+
+
+def _forward(products, *arrays):
+    return products.forward(*arrays), arrays
+
+
+def _backward(products, residuals, dout_RF):
+    x_RD, w_EDF, group_sizes_E, group_offset = residuals
+    dx_RD = products.input_gradient(dout_RF, w_EDF, group_sizes_E, group_offset)
+    dw_EDF = products.weight_gradient(x_RD, dout_RF, group_sizes_E)
     if group_offset is not None:
-        w_EDF = jax.lax.dynamic_slice_in_dim(w_EDF, group_offset, group_sizes_E.shape[0])
-    return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
+        zeros_EDF = jnp.zeros_like(w_EDF)
+        dw_EDF = lax.dynamic_update_slice_in_dim(zeros_EDF, dw_EDF, group_offset, axis=0)
+    return dx_RD, dw_EDF, None, None
+
+
+_with_gradient.defvjp(_forward, _backward)
+
+IMPLEMENTATIONS = {
+    "xla": functools.partial(_with_gradient, XLA),
+    "ragged_dot": functools.partial(_with_gradient, RAGGED_DOT),
+    "reference": reference.grouped_matmul,
+}
+DTYPES = ("float32", "bfloat16")
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    group_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiply each group of consecutive rows by its own matrix: out_RF, in x's dtype.
+
+    The first group_sizes_E[0] rows are multiplied by w_EDF[0], the next group_sizes_E[1] rows by
+    w_EDF[1] and so on. Rows past the sum of the sizes give zeros and get zero gradients, whatever
+    they hold. Sums are float32. The gradient is for x and w.
+
+    Args:
+      x_RD: rows sorted by group, float32 or bfloat16. Any R, also 0.
+      w_EDF: one matrix a group, in x's dtype.
+      group_sizes_E: integers >= 0, traced or not; their sum is at most R. Groups may be empty, and
+        the matrix of an empty group is not read.
+      group_offset: None, or an integer scalar: group e then uses w_EDF[group_offset + e]. So w may
+        hold the groups of all layers: a scan that slices out one layer would copy all its groups,
+        this reads only those with rows, which is what counts in decode.
+      implementation: "xla", "ragged_dot", "reference", or None for the automatic choice:
+        jax.lax.ragged_dot on TPU, which has it natively, and "xla" elsewhere. "ragged_dot" works
+        on every platform, but off TPU it multiplies every row by every matrix.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together; the message says which.
+
+    Source: Gale et al., MegaBlocks (arXiv 2211.15841), for dropless experts as a grouped matmul.
+    """
+    _check(x_RD, w_EDF, group_sizes_E, group_offset)
+    if 0 in x_RD.shape or 0 in w_EDF.shape or 0 in group_sizes_E.shape:
+        return jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype)
+    group_sizes_E = group_sizes_E.astype(jnp.int32)
+    if group_offset is not None:
+        group_offset = group_offset.astype(jnp.int32)
+    arrays = _varying_alike(x_RD, w_EDF, group_sizes_E, group_offset)
+    if implementation is None:
+        return _with_gradient(BY_PLATFORM, *arrays)
+    return dispatch.call(
+        "grouped_matmul", IMPLEMENTATIONS, (), *arrays, implementation=implementation
+    )
+
+
+def _check(x, w, sizes, offset) -> None:
+    """Ranks, dtypes and the dims the arguments share."""
+    for name, array, dims in (
+        ("x", x, "R D"),
+        ("w", w, "E D F"),
+        ("group_sizes", sizes, "E"),
+        ("group_offset", offset, ""),
+    ):
+        if array is not None and len(array.shape) != len(dims.split()):
+            raise ValueError(
+                f"grouped_matmul needs {name} of shape [{dims}], got shape {array.shape}"
+            )
+    if x.dtype not in DTYPES or w.dtype != x.dtype:
+        raise ValueError(
+            f"grouped_matmul needs x and w of one dtype out of {', '.join(DTYPES)}, got x "
+            f"{x.dtype} and w {w.dtype}; cast one of them"
+        )
+    for name, array in (("group_sizes", sizes), ("group_offset", offset)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"grouped_matmul needs integer {name}, got {array.dtype}")
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"grouped_matmul contracts dim 1 of x with dim 1 of w, got x {x.shape} and w {w.shape}"
+        )
+    if sizes.shape[0] > w.shape[0] or (offset is None and sizes.shape[0] != w.shape[0]):
+        raise ValueError(
+            f"grouped_matmul needs one group size a matrix of w, got {sizes.shape[0]} sizes and "
+            f"w {w.shape}; give group_offset if w holds more matrices than this call has groups"
+        )
+
+
+def _varying_alike(*arrays):
+    """Inside shard_map: mark all arrays as varying over the union of their manual mesh axes.
+
+    JAX then sums the gradient of an array over the axes it did not vary over.
+    """
+    axes = [
+        frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
+        for array in arrays
+    ]
+    union = frozenset().union(*axes)
+    return tuple(
+        lax.pcast(array, tuple(union - own), to="varying")
+        if array is not None and union - own
+        else array
+        for array, own in zip(arrays, axes, strict=True)
+    )

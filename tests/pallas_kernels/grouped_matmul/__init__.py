@@ -1,0 +1,1 @@
+"""Tests of grouped_matmul: one contract, one subclass an implementation."""
