@@ -4,6 +4,7 @@ RUN/checkpoints/<step>/ holds two Orbax trees, `params` (by dotted name) and `op
 metadata the position in the data. A directory appears by one rename, so what is listed is whole.
 """
 
+import contextlib
 import pathlib
 from typing import NamedTuple
 
@@ -27,14 +28,25 @@ class Restored(NamedTuple):
 class CheckpointStore:
     """Checkpoints of one run, oldest removed first; leaving its context waits for open writes."""
 
-    def __init__(self, directory, keep: int):
+    def __init__(self, directory, keep: int | None):
+        """The run's own store: keeps the `keep` newest and clears what a killed run left half done.
+
+        `keep=None` only reads and touches nothing, safe while another process trains there.
+        """
         policies = ocp.training.save_decision_policies
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(directory).absolute(),
             save_decision_policy=policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep is not None,
         )
+
+    @classmethod
+    def reading(cls, directory) -> "CheckpointStore":
+        """A store to restore from. Raises ValueError if `directory` does not exist."""
+        if not pathlib.Path(directory).is_dir():
+            raise ValueError(f"{directory} does not exist: the run has stored no checkpoint yet.")
+        return cls(directory, keep=None)
 
     def __enter__(self):
         return self
@@ -52,15 +64,28 @@ class CheckpointStore:
         """Begin to write; waits for the write before only. A step that is there stays as it is."""
         if step == self.latest_step:
             return
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {"params": state.params, "optimizer": state.optimizer},
-            custom_metadata={"position": position, "fingerprint": fingerprint},
-        )
+        with self._explained():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"params": state.params, "optimizer": state.optimizer},
+                custom_metadata={"position": position, "fingerprint": fingerprint},
+            )
 
     def wait(self) -> None:
-        """Return when everything is on disk; raises what went wrong there."""
-        self._checkpointer.wait()
+        """Return when everything is on disk. Raises OSError if something could not be written."""
+        with self._explained():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """What goes wrong while writing, as one sentence; a full disk is a ValueError in Orbax."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise OSError(
+                f"A checkpoint could not be written to {self._checkpointer.directory} ({error}). "
+                "Checkpoints before it are whole: make room or permit writing, then use --resume."
+            ) from error
 
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
         """The state at `step` (None: the newest); ValueError if it does not fit `abstract`."""

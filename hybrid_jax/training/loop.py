@@ -93,8 +93,9 @@ class Trainer:
         config = self._config
         with CheckpointStore(self._run.checkpoints, config.checkpoints.keep) as checkpoints:
             state = self._starting_state(checkpoints)
-            step, loss = int(state.step), None
+            step = int(state.step)
             self._progress.start(step)
+            self._progress.note("Compiling the update; the first step takes longer ...")
             batch, position = next(self._batches), self._batches.position
             with observe.MetricsFile(self._run.metrics, keep_until_step=step) as metrics:
                 while step < config.steps and stop.name is None:
@@ -106,7 +107,7 @@ class Trainer:
                     step += 1
                     record = self._record(step, values, begin, checkpoints)
                     if self._is_time(step, config.evaluation.every) or step == config.steps:
-                        loss = self._evaluate(state, step, record)
+                        self._evaluate(state, step, record)
                     metrics.append(record)
                     self._progress.update(step, record["loss"], record["tokens_per_second"])
                     if self._is_time(step, config.checkpoints.every) or step == config.steps:
@@ -114,7 +115,7 @@ class Trainer:
             if stop.name is not None and step:
                 checkpoints.save(step, state, position, self._fingerprint)
             checkpoints.wait()
-        return self._finish(step, stop.name, loss)
+        return self._finish(step, stop.name)
 
     def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
         if checkpoints.latest_step is None:
@@ -125,6 +126,11 @@ class Trainer:
                 f"The checkpoint belongs to other data than {self._run.tokens} holds (fingerprint "
                 f"{restored.fingerprint}, now {self._fingerprint}). Put the old data back, or "
                 "start a new run."
+            )
+        if int(restored.state.step) > self._config.steps:
+            raise ValueError(
+                f"steps={self._config.steps}, but {self._run.path} has already done "
+                f"{int(restored.state.step)}. Give --steps that many or more."
             )
         self._batches.seek(restored.position)
         self._progress.note(f"Resuming at step {int(restored.state.step)}.")
@@ -140,8 +146,8 @@ class Trainer:
             where = f"the last good checkpoint is {self._run.checkpoints / str(good)}"
             raise Diverged(
                 f"Step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
-                f"{where if good else 'there is no checkpoint yet'}. Try a lower --schedule.peak, a "
-                "longer --schedule.warmup-steps or a smaller --optimizer.clip-norm in a new run."
+                f"{where if good else 'there is no checkpoint yet'}. Try a lower --schedule.peak, "
+                "a longer --schedule.warmup-steps or a smaller --optimizer.clip-norm in a new run."
             )
         tokens = int(values.pop("tokens"))
         return {
@@ -152,18 +158,19 @@ class Trainer:
             "seconds": seconds,
         } | values
 
-    def _evaluate(self, state: TrainState, step: int, record: dict) -> float | None:
+    def _evaluate(self, state: TrainState, step: int, record: dict) -> None:
         """Adds the held-out loss to `record`: over all windows after the last step."""
         if self._heldout is None:
-            return None
+            return
         last = step == self._config.steps
         limit = None if last else self._config.evaluation.batches
         rows = self._config.batch_size // self._config.accumulate
-        loss = heldout_loss(self._evaluation_step, state.params, self._heldout, rows, limit)
-        record |= {"heldout_loss": loss}
-        return loss
+        record["heldout_loss"] = heldout_loss(
+            self._evaluation_step, state.params, self._heldout, rows, limit
+        )
 
-    def _finish(self, step: int, stopped_by: str | None, loss: float | None) -> Outcome:
+    def _finish(self, step: int, stopped_by: str | None) -> Outcome:
+        """Draw the curve and say how it ended."""
         records = observe.read_metrics(self._run.metrics)
         if records:
             observe.draw_losses(
@@ -172,16 +179,11 @@ class Trainer:
                 title=self._config.model.name,
                 unigram_entropy=self._unigram_entropy,
             )
-        if records and step == self._config.steps:
-            # Also when there was nothing left to do.
-            loss = records[-1].get("heldout_loss")
-        finished = step == self._config.steps
-        return Outcome(
-            step,
-            None if finished else stopped_by,
-            loss if finished else None,
-            self._unigram_entropy,
-        )
+        if step < self._config.steps:
+            return Outcome(step, stopped_by, None, self._unigram_entropy)
+        # Read back, so that a run with nothing left to do says what it reached.
+        loss = records[-1].get("heldout_loss") if records else None
+        return Outcome(step, None, loss, self._unigram_entropy)
 
     def _is_time(self, step: int, every: int) -> bool:
         return step % every == 0

@@ -16,5 +16,5 @@ def restore_model(run_dir, step: int | None = None) -> model_lib.Model:
     run = RunDirectory(pathlib.Path(run_dir))
     config = run.read_config()
     skeleton = Skeleton(config.model)
-    with CheckpointStore(run.checkpoints, config.checkpoints.keep) as checkpoints:
+    with CheckpointStore.reading(run.checkpoints) as checkpoints:
         return skeleton.model(checkpoints.restore_params(skeleton.abstract, step))

@@ -1,0 +1,157 @@
+"""`hybrid-jax train`: train a preset on text files, with every field of a run as an option."""
+
+import dataclasses
+import pathlib
+import sys
+import typing
+
+import tyro
+
+from hybrid_jax.config import recipes, text
+from hybrid_jax.config.training import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a run's configuration comes from before single options change it."""
+
+    out: pathlib.Path
+    """Directory of the run; new or empty unless --resume is given."""
+    preset: str | None = None
+    """Model to train and its recipe: quickstart, nano, ...; `hybrid-jax presets` lists them."""
+    data: str | None = None
+    """Text to learn from: a directory, a file or a glob. The same as --data.path."""
+    config: pathlib.Path | None = None
+    """YAML file with a whole configuration, such as another run's config.yaml."""
+    resume: bool = False
+    """Continue the run in OUT from its newest checkpoint; only --steps may differ from before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Source):
+    """Train a model on text files, or continue where a run was interrupted.
+
+    Leaves OUT/config.yaml, metrics.jsonl, checkpoints/, loss.png and tokenizer.json. Ctrl-C ends
+    the run after the step at hand, with a checkpoint. Where a field has several kinds, --PATH.kind
+    chooses one: --schedule.decay.kind Linear, --loss.balance.kind HuggingFaceBalance. Defaults
+    below are those of --preset or --config.
+
+    Exit code 0: done, or ended on request; 1: the loss is not a number any more; 2: bad input.
+    """
+
+    train: typing.Annotated[TrainConfig, tyro.conf.arg(name="")] = tyro.MISSING
+    """The whole run."""
+
+
+def parse(argv: list[str]) -> Args:
+    """Options to a complete configuration.
+
+    What --preset, --config or --resume names is the default that every other option changes. Raises
+    ValueError or OSError if it cannot be had; exits on a wrong option or --help, as tyro does.
+    """
+    argv, kinds = _take_kinds(argv)
+    asks_help = bool({"-h", "--help"} & set(argv))
+    source = _source([arg for arg in argv if arg not in ("-h", "--help")], asks_help)
+    tree = text.to_dict(_base(source, asks_help))
+    for path, kind in kinds:
+        _set_kind(tree, path, kind)
+    default = Args(out=tyro.MISSING, train=text.from_dict(TrainConfig, tree))
+    return tyro.cli(
+        Args,
+        args=argv,
+        prog="hybrid-jax train",
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def run(args: Args) -> int:
+    """Train; 0 when done or stopped on request, 1 if the loss is not a number any more."""
+    from hybrid_jax import training
+
+    again = f"hybrid-jax train --out {args.out} --resume"
+    try:
+        outcome = training.train(args.train, args.out, resume=args.resume)
+    except training.Diverged as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    if outcome.stopped_by is not None:
+        print(
+            f"Stopped by {outcome.stopped_by} after step {outcome.step}; nothing is lost. "
+            f"Continue with:\n  {again}"
+        )
+        return 0
+    print(f"Done: {outcome.step} steps, in {args.out}.")
+    if outcome.heldout_loss is not None:
+        print(
+            f"Held-out loss {outcome.heldout_loss:.4f} nats a token; unigram entropy of the "
+            f"held-out tokens {outcome.unigram_entropy:.4f}."
+        )
+    return 0
+
+
+def _source(argv: list[str], asks_help: bool) -> Source:
+    """--out, --preset, --data, --config and --resume; everything else is read later."""
+    if asks_help:
+        argv = ["--out", "OUT", *argv]
+    source, _ = tyro.cli(
+        Source,
+        args=argv,
+        prog="hybrid-jax train",
+        add_help=False,
+        return_unknown_args=True,
+    )
+    return source
+
+
+def _base(source: Source, asks_help: bool) -> TrainConfig:
+    """The configuration that single options change."""
+    if source.resume and not asks_help:
+        from hybrid_jax.training.run import RunDirectory
+
+        base = RunDirectory(source.out).read_config()
+        preset = source.preset and recipes.get(source.preset, base.data.path).model
+        changes = {"model": preset} if preset else {}
+    elif source.config is not None:
+        base, changes = text.read_yaml(TrainConfig, source.config), {}
+        if source.preset is not None:
+            raise ValueError("Give --preset or --config, not both: each is a whole configuration.")
+    else:
+        if not asks_help and (source.preset is None or source.data is None):
+            raise ValueError(
+                "A new run needs --preset NAME and --data PATH (or --config FILE); "
+                "--resume continues one that is there."
+            )
+        return recipes.get(source.preset or "nano", source.data or "DATA")
+    if source.data is not None:
+        changes["data"] = dataclasses.replace(base.data, path=source.data)
+    return dataclasses.replace(base, **changes)
+
+
+def _take_kinds(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:
+    """Options without `--PATH.kind VALUE`, and those: (parts of the path, value)."""
+    rest, kinds = [], []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and option.endswith(".kind"):
+            value = value if equals else next(words, "")
+            kinds.append((option[2:-5].replace("-", "_").split("."), value))
+        else:
+            rest.append(word)
+    return rest, kinds
+
+
+def _set_kind(tree: dict, path: list[str], kind: str) -> None:
+    """Choose the member of a union at `path`; its fields start at their defaults."""
+    try:
+        parent = tree
+        for part in path[:-1]:
+            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+        old = parent[path[-1]]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(f"There is no field {'.'.join(path)!r} to choose a kind for.") from error
+    if kind == "None":
+        parent[path[-1]] = None
+    elif not isinstance(old, dict) or old["kind"] != kind:
+        parent[path[-1]] = {"kind": kind}

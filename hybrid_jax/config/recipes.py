@@ -1,0 +1,32 @@
+"""How each preset is trained unless told otherwise: whole `TrainConfig`s, one function a recipe."""
+
+import dataclasses
+
+from hybrid_jax.config import presets
+from hybrid_jax.config import training as t
+
+
+def _default(preset: str, path: str) -> t.TrainConfig:
+    return t.TrainConfig(model=presets.get(preset), data=t.Text(path=path), steps=1000)
+
+
+def _quickstart(preset: str, path: str) -> t.TrainConfig:
+    """Made for a few minutes on two CPU cores: few tokens a step, so that there are many steps."""
+    config = _default(preset, path)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sequence_length=256),
+        steps=300,
+        batch_size=4,
+        schedule=t.Schedule(peak=2e-3, warmup_steps=20, decay=t.Linear(final_fraction=0.05)),
+        checkpoints=t.Checkpoints(every=100, keep=2),
+        evaluation=t.Evaluation(every=50, batches=8),
+    )
+
+
+_RECIPES = {"quickstart": _quickstart}
+
+
+def get(preset: str, path: str) -> t.TrainConfig:
+    """The recipe for `preset` on the text at `path`; ValueError if there is no such preset."""
+    return _RECIPES.get(preset, _default)(preset, path)
