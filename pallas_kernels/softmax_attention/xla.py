@@ -49,13 +49,8 @@ def _attention_forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offs
 
 
 def _attention_backward(residuals, d_out_BTHV):
-    q_BTHK, k_BSGK, v_BSGV, *_ = residuals
-    dq_BTHK, dk_BSGK, dv_BSGV = _backward(*residuals, d_out_BTHV)
-    gradients = (
-        dq_BTHK.astype(q_BTHK.dtype),
-        dk_BSGK.astype(k_BSGK.dtype),
-        dv_BSGV.astype(v_BSGV.dtype),
-    )
+    gradients = _backward(residuals, d_out_BTHV)
+    gradients = [d_x.astype(x.dtype) for d_x, x in zip(gradients, residuals)]
     return (*gradients, None, None, None)
 
 
@@ -115,54 +110,61 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     return join(out_NPMV).astype(q_BTHK.dtype), join(logsumexp_NPM1)[..., 0]
 
 
-def _backward(
-    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH, d_out_BTHV
-):
-    """Gradients of q, k and v in float32: one pass over key tiles, five matmuls a tile."""
+def _backward(residuals, d_out_BTHV):
+    """Gradients of q, k and v in float32: scores again tile by tile, five matmuls each."""
+    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH = residuals
     B, T, H, K = q_BTHK.shape
     _, S, G, V = v_BSGV.shape
     C, J = tile_size(B, H, T), tile_size(B, H, S)
     d_out_BTHV = d_out_BTHV.astype(jnp.float32)
     delta_BTH = jnp.sum(d_out_BTHV * out_BTHV.astype(jnp.float32), axis=-1)
-    q_NPMK, do_NPMV = tiles.cut(q_BTHK, G, C) * K**-0.5, tiles.cut(d_out_BTHV, G, C)
+    k_UPJK, v_UPJV = tiles.cut(k_BSGK, G, J), tiles.cut(v_BSGV, G, J)
     query = tiles.query_side(offset_B, q_segment_BT, T, C)
     key = tiles.key_side(B, kv_segment_BS, S, J)
-    query_tiles = (
-        q_NPMK,
-        q_NPMK.swapaxes(2, 3),
-        do_NPMV,
-        do_NPMV.swapaxes(2, 3),
-        tiles.cut(logsumexp_BTH[..., None], G, C),
-        tiles.cut(delta_BTH[..., None], G, C),
-        query,
-    )
-    first_U, end_U = tiles.trips(tiles.touching(query, key).T)
+    first_N, end_N = tiles.trips(tiles.touching(query, key))
 
-    def one_key_tile(dq_NPMK, inputs):
-        k_PJK, v_PJV, key_tile, first, end = inputs
+    def one_query_tile(carry, inputs):
+        q_PMK, do_PMV, logsumexp_PM1, delta_PM1, query_tile, first, end = inputs
+        q_PKM, do_PVM = q_PMK.swapaxes(1, 2), do_PMV.swapaxes(1, 2)
 
-        def one_query_tile(tile_idx, carry):
-            dq_NPMK, dk_PKJ, dv_PVJ = carry
-            q_PMK, q_PKM, do_PMV, do_PVM, logsumexp_PM1, delta_PM1, query_tile = jax.tree.map(
-                lambda x: lax.dynamic_index_in_dim(x, tile_idx, keepdims=False), query_tiles
-            )
+        def one_key_tile(tile_idx, carry):
+            dk_UPKJ, dv_UPVJ, dq_PMK = carry
+            k_PJK, v_PJV, key_tile = _at((k_UPJK, v_UPJV, key), tile_idx)
             score_PMJ = jnp.einsum("pmk,pjk->pmj", q_PMK, k_PJK)
             score_PMJ = tiles.mask(score_PMJ, tiles.visible(query_tile, key_tile))
             weight_PMJ = jnp.exp(score_PMJ - logsumexp_PM1)
-            dv_PVJ += jnp.einsum("pvm,pmj->pvj", do_PVM, weight_PMJ)
+            dv_PVJ = jnp.einsum("pvm,pmj->pvj", do_PVM, weight_PMJ)
             d_weight_PMJ = jnp.einsum("pmv,pjv->pmj", do_PMV, v_PJV)
             d_score_PMJ = weight_PMJ * (d_weight_PMJ - delta_PM1)
-            dk_PKJ += jnp.einsum("pkm,pmj->pkj", q_PKM, d_score_PMJ)
-            dq_PMK = dq_NPMK[tile_idx] + jnp.einsum("pmj,pjk->pmk", d_score_PMJ, k_PJK)
-            return lax.dynamic_update_index_in_dim(dq_NPMK, dq_PMK, tile_idx, 0), dk_PKJ, dv_PVJ
+            dk_PKJ = jnp.einsum("pkm,pmj->pkj", q_PKM, d_score_PMJ)
+            dq_PMK += jnp.einsum("pmj,pjk->pmk", d_score_PMJ, k_PJK)
+            return _add_at(dk_UPKJ, tile_idx, dk_PKJ), _add_at(dv_UPVJ, tile_idx, dv_PVJ), dq_PMK
 
-        P = k_PJK.shape[0]
-        start = dq_NPMK, jnp.zeros((P, K, J), jnp.float32), jnp.zeros((P, V, J), jnp.float32)
-        dq_NPMK, dk_PKJ, dv_PVJ = lax.fori_loop(first, end, one_query_tile, start)
-        return dq_NPMK, (dk_PKJ.swapaxes(1, 2), dv_PVJ.swapaxes(1, 2))
+        carry = (*carry, jnp.zeros_like(q_PMK))
+        *carry, dq_PMK = lax.fori_loop(first, end, one_key_tile, carry)
+        return tuple(carry), dq_PMK
 
-    inputs = (tiles.cut(k_BSGK, G, J), tiles.cut(v_BSGV, G, J), key, first_U, end_U)
-    dq_NPMK, (dk_UPJK, dv_UPJV) = lax.scan(one_key_tile, jnp.zeros_like(q_NPMK), inputs)
+    inputs = (
+        tiles.cut(q_BTHK, G, C) * K**-0.5,
+        tiles.cut(d_out_BTHV, G, C),
+        tiles.cut(logsumexp_BTH[..., None], G, C),
+        tiles.cut(delta_BTH[..., None], G, C),
+        query,
+        first_N,
+        end_N,
+    )
+    start = jnp.zeros_like(k_UPJK.swapaxes(2, 3)), jnp.zeros_like(v_UPJV.swapaxes(2, 3))
+    (dk_UPKJ, dv_UPVJ), dq_NPMK = lax.scan(one_query_tile, start, inputs)
     join_keys = functools.partial(tiles.join, batch=B, num_kv_heads=G, size=J, length=S)
     dq_BTHK = tiles.join(dq_NPMK, B, G, C, T) * K**-0.5
-    return dq_BTHK, join_keys(dk_UPJK), join_keys(dv_UPJV)
+    return dq_BTHK, join_keys(dk_UPKJ.swapaxes(2, 3)), join_keys(dv_UPVJ.swapaxes(2, 3))
+
+
+def _at(tree, index):
+    """Entry `index` of the first dim of every leaf."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _add_at(total, index, x):
+    """`total` with x added to its entry `index`, in place inside a loop."""
+    return lax.dynamic_update_index_in_dim(total, _at(total, index) + x, index, axis=0)
