@@ -7,13 +7,14 @@ import pathlib
 import numpy as np
 
 from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves
-from hybrid_jax.checkpoint.formats import orbax, protocol
+from hybrid_jax.checkpoint.formats import orbax, protocol, training_run
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
+from hybrid_jax.config.training import TrainConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -63,7 +64,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """The checkpoint in a directory: Hugging Face, or Orbax as `save` and `convert` write it.
+    """The checkpoint in a directory: Hugging Face, Orbax as written here, or a training run.
 
     ValueError names the file, field or tensor that is missing, extra, of a wrong shape or dtype.
     """
@@ -73,19 +74,21 @@ def open_checkpoint(path):
         raise ValueError(f"{path} {what}; expected a checkpoint directory.")
     if orbax.is_orbax(path):
         source = orbax.OrbaxDirectory(path)
-        published = source.vocabulary == "published"
+        understand = {"published": _published, "tree": _own}[source.vocabulary]
+    elif training_run.is_training_run(path):
+        source, understand = training_run.TrainingRun(path), _run
     elif (path / CONFIG_JSON).is_file() or list(path.glob("*.safetensors*")):
-        published = True
+        understand = _published
         # The config first: without it no tensor has a meaning.
         hf_config.read_json(path / CONFIG_JSON)
         source = HfDirectory(path)
     else:
         raise ValueError(
             f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), "
-            f"or {orbax.INDEX_NAME} with Orbax weights."
+            f"{orbax.INDEX_NAME} with Orbax weights, or the directory of a training run."
         )
     with contextlib.closing(source):
-        yield (_published if published else _own)(path, source)
+        yield understand(path, source)
 
 
 def _published(path: pathlib.Path, source) -> Checkpoint:
@@ -116,10 +119,20 @@ def _published(path: pathlib.Path, source) -> Checkpoint:
 
 def _own(path: pathlib.Path, source) -> Checkpoint:
     config = text.read_yaml(model_lib.ModelConfig, path / CONFIG_YAML)
-    rules = {rule.name: rule for rule in tree.rules(config, leaves.shapes(config))}
-    checkpoint = Checkpoint(path, config, None, source, rules, {}, [], None)
+    return _of_rules(path, source, config, tree.rules(config, leaves.shapes(config)))
+
+
+def _run(path: pathlib.Path, source) -> Checkpoint:
+    config = text.read_yaml(TrainConfig, path / CONFIG_YAML).model
+    whole = [Rule(leaf, shape, leaf) for leaf, shape in leaves.shapes(config).items()]
+    return _of_rules(path, source, config, whole)
+
+
+def _of_rules(path: pathlib.Path, source, config: model_lib.ModelConfig, rules) -> Checkpoint:
+    by_name = {rule.name: rule for rule in rules}
+    checkpoint = Checkpoint(path, config, None, source, by_name, {}, [], None)
     _check_names(checkpoint)
-    for name, rule in rules.items():
+    for name, rule in by_name.items():
         _check_weight(checkpoint, source.tensors[name], rule)
     return checkpoint
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from hybrid_jax.checkpoint import decay_tables
+from hybrid_jax.checkpoint import decay_tables, leaves
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
-from hybrid_jax.checkpoint.names import minimax
+from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint
 
@@ -60,12 +60,12 @@ def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
         for info in checkpoint.source.tensors.values()
         if info.name not in dropped
     }
-    if format == "orbax":
-        return Plan(copies, {}, dropped, "published" if published else "tree")
     targets = _targets(checkpoint, format)
     outputs = copies
     if any(name not in targets for name in checkpoint.rules):
         outputs = _recut(checkpoint, copies, targets, dtype)
+    if format == "orbax":
+        return Plan(outputs, {}, dropped, "published" if published else "tree")
     tables = {}
     if format == "hf":
         block_size = checkpoint.description.block_size if published else BLOCK_SIZE
@@ -75,9 +75,15 @@ def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
 
 
 def _targets(checkpoint: Checkpoint, format: str) -> dict[str, Rule]:
+    config = checkpoint.config
+    if format == "orbax":
+        # Published names stay as they are; a training run's stacks are cut into layers.
+        if checkpoint.description is not None:
+            return checkpoint.rules
+        return {rule.name: rule for rule in tree.rules(config, leaves.shapes(config))}
     # `hf` keeps the spelling that is stored: transformers reads each of them.
     stored = checkpoint.source.tensors if format == "hf" else ()
-    return {rule.name: rule for rule in minimax.rules(checkpoint.config, stored)}
+    return {rule.name: rule for rule in minimax.rules(config, stored)}
 
 
 def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
@@ -88,7 +94,11 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
     outputs = {name: value for name, value in copies.items() if name not in checkpoint.rules}
     outputs |= {name: [] for name in checkpoint.rules}
     for target in targets.values():
-        covering = [r for r in by_place[target.leaf, target.index[:2]] if r.covers(target)]
+        near = [
+            *by_place.get((target.leaf, target.index[:2]), ()),
+            *by_place.get((target.leaf, ()), ()),
+        ]
+        covering = [rule for rule in near if rule.covers(target)]
         if not covering:
             raise ValueError(
                 f"{checkpoint.path} has no single tensor that holds {target.name!r} of the "
