@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-# JSON has no infinity: a tensor that is not finite, or not zero where the reference is, is this far.
+# JSON has no infinity: this is how far a tensor is that is not finite, or not zero where the
+# reference is.
 FARTHEST = 1.7976931348623157e308
 
 # A gradient this far below the largest of the model is rounding: a router that always takes all

@@ -4,7 +4,6 @@ Both answer the same four questions (`Oracle`), in float32, by published tensor 
 """
 
 import pathlib
-import re
 from importlib import util
 from typing import Any, Protocol
 
@@ -35,8 +34,8 @@ class Oracle(Protocol):
     def greedy(self, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
         """The most likely continuation [B, max_new_tokens]; no token ends it."""
 
-    def last_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Logits [B, vocab] after the last token."""
+    def router_gap(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """[B]: by how much, relative, the closest choice of an expert in a row was made."""
 
 
 def require_torch() -> None:
@@ -61,10 +60,10 @@ def transformers_cannot(directory: pathlib.Path, spec: published.Spec) -> list[s
     """Why transformers cannot be the judge of this directory, or nothing."""
     reasons = []
     config = published.read_json(directory / "config.json")
-    if spec.dialect == "original":
+    if spec.dialect != config["model_type"]:
         reasons.append(
-            f"transformers has no model for model_type {config['model_type']!r} "
-            "(the original dialect of config.json)"
+            f"transformers cannot load model_type {config['model_type']!r}, "
+            f"which config.json had before transformers knew the model"
         )
     elif config.get("quantization_config"):
         reasons.append("transformers does not compute this quantised checkpoint in float32 on CPUs")
@@ -96,24 +95,25 @@ class ReferenceOracle:
 
     def __init__(self, directory: pathlib.Path):
         self.name = "PyTorch float32 reference (hybrid_jax.parity.torch_reference)"
-        self._model = torch_reference.load(directory)
+        self.model = torch_reference.load(directory)
 
     def trace(self, tokens_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         import torch
 
         with torch.no_grad():
-            logits, layers = self._model.trace(_tensor(tokens_BT))
+            logits, layers = self.model.trace(_tensor(tokens_BT))
         return logits.numpy(), [layer.numpy() for layer in layers]
 
     def gradients(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-        named = torch_reference.gradients(self._model, _tensor(tokens_BT))
+        named = torch_reference.gradients(self.model, _tensor(tokens_BT))
         return {name: value.numpy() for name, value in named.items()}
 
     def greedy(self, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
-        return torch_reference.greedy(self._model, _tensor(tokens_BT), max_new_tokens).numpy()
+        return torch_reference.greedy(self.model, _tensor(tokens_BT), max_new_tokens).numpy()
 
-    def last_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        return self.trace(tokens_BT)[0][:, -1]
+    def router_gap(self, tokens_BT: np.ndarray) -> np.ndarray:
+        self.trace(tokens_BT)
+        return _closest(self.model.preferences, self.model.spec, len(tokens_BT))
 
 
 class TransformersOracle:
@@ -128,6 +128,7 @@ class TransformersOracle:
         import transformers
 
         self.name = f"transformers {transformers.__version__}"
+        self._spec = spec
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
@@ -137,8 +138,8 @@ class TransformersOracle:
         }
         if any(unwanted.values()):
             raise ValueError(f"transformers could not load all of {directory}: {unwanted}.")
-        self._model = model.eval()
-        self.notes = recompute_decay(self._model, spec)
+        self.model = model.eval()
+        self.notes = recompute_decay(self.model, spec)
         if self.notes:
             self.name += ", decay buffers recomputed by the original formula"
 
@@ -148,11 +149,11 @@ class TransformersOracle:
         layers: list[np.ndarray] = []
         hooks = [
             layer.register_forward_hook(lambda _module, _args, out: layers.append(out.numpy()))
-            for layer in self._model.model.layers
+            for layer in self.model.model.layers
         ]
         try:
             with torch.no_grad():
-                logits = self._model(_tensor(tokens_BT), use_cache=False).logits
+                logits = self.model(_tensor(tokens_BT), use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
@@ -160,18 +161,18 @@ class TransformersOracle:
 
     def gradients(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
         tokens = _tensor(tokens_BT)
-        self._model.zero_grad()
-        loss = torch_reference.next_token_loss(self._model(tokens, use_cache=False).logits, tokens)
+        self.model.zero_grad()
+        loss = torch_reference.next_token_loss(self.model(tokens, use_cache=False).logits, tokens)
         loss.backward()
-        named = {}
-        for name, parameter in self._model.named_parameters():
-            named |= _published(name, _gradient(parameter))
-        return named
+        named: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            named |= published.by_released_name(name, _gradient(parameter))
+        return {name: value.numpy() for name, value in named.items()}
 
     def greedy(self, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
         tokens = _tensor(tokens_BT)
-        self._model.generation_config.eos_token_id = None
-        text = self._model.generate(
+        self.model.generation_config.eos_token_id = None
+        text = self.model.generate(
             tokens,
             attention_mask=tokens.new_ones(tokens.shape),
             max_new_tokens=max_new_tokens,
@@ -180,8 +181,18 @@ class TransformersOracle:
         )
         return text[:, tokens.shape[1] :].numpy()
 
-    def last_logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        return self.trace(tokens_BT)[0][:, -1]
+    def router_gap(self, tokens_BT: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            out = self.model(_tensor(tokens_BT), use_cache=False, output_router_logits=True)
+        if not self._spec.sigmoid_router:
+            preferences = [logits.softmax(-1) for logits in out.router_logits]
+        else:
+            biases = [layer.mlp.e_score_correction_bias for layer in self.model.model.layers]
+            pairs = zip(out.router_logits, biases, strict=True)
+            preferences = [logits.sigmoid() + bias for logits, bias in pairs]
+        return _closest(preferences, self._spec, len(tokens_BT))
 
 
 def recompute_decay(model: Any, spec: published.Spec) -> list[str]:
@@ -213,18 +224,16 @@ def recompute_decay(model: Any, spec: published.Spec) -> list[str]:
     ]
 
 
-def _published(name: str, value: Tensor) -> dict[str, np.ndarray]:
-    """A parameter of transformers by the names it has on disk: experts apart, w1 before w3."""
-    name = name.replace(".mlp.", ".block_sparse_moe.")
-    fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
-    if not fused:
-        return {name: value.numpy()}
-    parts = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
-    return {
-        f"{fused[1]}.{expert}.{part}.weight": matrix.numpy()
-        for expert, both in enumerate(value)
-        for part, matrix in zip(parts, both.chunk(len(parts)), strict=True)
-    }
+def _closest(preferences: list[Tensor], spec: published.Spec, rows: int) -> np.ndarray:
+    """[B]: the least of (last expert taken - first one left) / last one taken, over all choices."""
+    if spec.experts_per_token >= spec.experts:
+        return np.full(rows, np.inf)
+    gaps = []
+    for preference_RE in preferences:
+        best = preference_RE.topk(spec.experts_per_token + 1, -1).values
+        gap_R = (best[:, -2] - best[:, -1]) / best[:, -2].abs()
+        gaps.append(gap_R.view(rows, -1).amin(-1).numpy())
+    return np.min(gaps, axis=0)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

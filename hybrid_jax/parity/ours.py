@@ -1,7 +1,7 @@
 """This package's side of a comparison: the loaded model asked what an oracle is asked."""
 
+import functools
 import pathlib
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax import checkpoint, inference
+from hybrid_jax.checkpoint import leaves
+from hybrid_jax.checkpoint.names import minimax
 from hybrid_jax.model import Model
-from hybrid_jax.parity import published
 
 FLOAT32 = "highest"  # on accelerators the default multiplies in less
 
@@ -20,44 +21,33 @@ class Ours:
 
     def __init__(self, directory: pathlib.Path):
         self.model: Model = checkpoint.load(directory, dtype="float32")
-        self._format = "hf"
-        if published.read_spec(directory).dialect == "original":
-            self._format = "hf-original"
 
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 
-    def trace(self, tokens_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits, and x_BTD after every layer."""
-        graphdef, params = nnx.split(self.model)
-
-        @jax.jit
-        def run(params, tokens_BT):
-            model = nnx.merge(graphdef, params)
-            return model(tokens_BT), model.trace(tokens_BT)
-
+    def logits(self, tokens_BT: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
+        """Logits [B, T, vocab] float32."""
+        if segment_ids is not None:
+            segment_ids = jnp.asarray(segment_ids, jnp.int32)
         with jax.default_matmul_precision(FLOAT32):
-            logits, layers = run(params, jnp.asarray(tokens_BT, jnp.int32))
-        return np.asarray(logits), [np.asarray(layer) for layer in layers]
+            return np.asarray(_logits(*nnx.split(self.model), _ids(tokens_BT), segment_ids))
+
+    def trace(self, tokens_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits of the model as it is used, and x_BTD after every layer of the same unrolled."""
+        with jax.default_matmul_precision(FLOAT32):
+            layers = _layers(*nnx.split(self.model), _ids(tokens_BT))
+        return self.logits(tokens_BT), [np.asarray(layer) for layer in layers]
 
     def gradients(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """d mean next-token cross-entropy / d weight, by published name."""
+        """d mean next-token cross-entropy / d weight, by released name."""
         graphdef, params = nnx.split(self.model)
-
-        @jax.jit
-        def run(params, tokens_BT):
-            return jax.grad(
-                lambda params: next_token_loss(nnx.merge(graphdef, params)(tokens_BT), tokens_BT)
-            )(params)
-
         with jax.default_matmul_precision(FLOAT32):
-            grads = run(params, jnp.asarray(tokens_BT, jnp.int32))
-        return named(nnx.merge(graphdef, grads), self._format)
+            grads = _gradients(graphdef, params, _ids(tokens_BT))
+        return by_released_name(nnx.merge(graphdef, grads))
 
     def greedy(self, tokens_BT: np.ndarray, max_new_tokens: int) -> np.ndarray:
         """The most likely continuation [B, max_new_tokens]."""
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         with jax.default_matmul_precision(FLOAT32):
             out = inference.generate(self.model, tokens_BT, max_new_tokens=max_new_tokens)
         return np.asarray(out)
@@ -69,9 +59,32 @@ def next_token_loss(logits_BTW: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_probs_BTW, tokens_BT[:, 1:, None], axis=-1))
 
 
-def named(model: Model, format: str) -> dict[str, np.ndarray]:
-    """The arrays of a model (or of its gradient) by published name, without derived tensors."""
-    tensors: typing.Iterable = checkpoint.published_tensors(model, format)
+def by_released_name(model: Model) -> dict[str, np.ndarray]:
+    """The arrays of a model, or of its gradient, as the tensors of a released checkpoint."""
+    arrays = {path: np.asarray(array) for path, array in leaves.arrays(model).items()}
     return {
-        name: np.asarray(value) for name, value in tensors if not published.DERIVED.search(name)
+        rule.name: rule.from_block(arrays[rule.leaf][rule.slices()])
+        for rule in minimax.rules(model.config)
     }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef, params, tokens_BT, segment_ids):
+    return nnx.merge(graphdef, params)(tokens_BT, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layers(graphdef, params, tokens_BT):
+    return nnx.merge(graphdef, params).trace(tokens_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(graphdef, params, tokens_BT):
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params)(tokens_BT), tokens_BT)
+
+    return jax.grad(loss)(params)
+
+
+def _ids(tokens_BT: np.ndarray) -> jax.Array:
+    return jnp.asarray(tokens_BT, jnp.int32)

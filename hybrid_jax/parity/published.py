@@ -61,6 +61,9 @@ def read_spec(directory: pathlib.Path) -> Spec:
     path = directory / "config.json"
     config = read_json(path)
     model_type = str(config.get("model_type", "")).lower()
+    # M2's first release called itself `minimax`; its class name tells the two apart.
+    if config.get("architectures") == ["MiniMaxM2ForCausalLM"]:
+        model_type = "minimax_m2"
     read = _DIALECTS.get(model_type)
     if read is None:
         raise ValueError(
@@ -188,8 +191,22 @@ def read_weights(directory: pathlib.Path, spec: Spec, dtype: str) -> dict[str, T
             for dim, size in enumerate(block):
                 scale = scale.repeat_interleave(size, dim).narrow(dim, 0, value.shape[dim])
             value = value * scale
-        weights[name] = value
+        weights |= by_released_name(name, value)
     return weights
+
+
+def by_released_name(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor by the released names: what transformers fuses comes apart, w1 before w3."""
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+    if not fused:
+        return {name: tensor}
+    parts = ("w1", "w3") if fused[2] == "gate_up_proj" else ("w2",)
+    return {
+        f"{fused[1]}.{expert}.{part}.weight": matrix
+        for expert, both in enumerate(tensor)
+        for part, matrix in zip(parts, both.chunk(len(parts)), strict=True)
+    }
 
 
 def _weight_block(directory: pathlib.Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ class Greedy:
     same_tokens: int
     """Tokens before the first difference, in the row that parts first."""
     undecided: bool = False
-    """Whether they part where the reference's two best tokens lie within the tolerance."""
+    """Whether every row that parts does so where the reference itself cannot tell."""
 
     @property
     def equal(self) -> bool:
@@ -117,7 +117,7 @@ class Report:
         line = f"greedy: the same for {self.greedy.same_tokens} of {self.greedy.tokens} tokens"
         if self.greedy.undecided:
             line += (
-                "; there the reference's two tokens lie within the tolerance, "
+                "; there two tokens, or two experts before, are as good as equal, "
                 "so that neither choice is wrong"
             )
         return line

@@ -128,6 +128,8 @@ class Reference:
 
     spec: published.Spec
     weights: dict[str, Tensor]
+    preferences: list[Tensor] = dataclasses.field(default_factory=list, repr=False)
+    """What the routers of the last call preferred, one [B * T, experts] a layer."""
 
     def __call__(
         self, tokens_BT: Tensor, segment_ids: Tensor | None = None, positions: Tensor | None = None
@@ -148,6 +150,7 @@ class Reference:
         table_WD = self.weights["model.embed_tokens.weight"]
         x_BTD = table_WD[tokens_BT]
         layers = []
+        self.preferences.clear()
         for layer in range(self.spec.num_layers):
             x_BTD = self._layer(layer, x_BTD, segment_ids, positions)
             layers.append(x_BTD)
@@ -227,6 +230,7 @@ class Reference:
         # The correction bias chooses experts and never weighs them.
         bias_E = self.weights.get(f"{prefix}.e_score_correction_bias")
         preference_RE = scores_RE if bias_E is None else scores_RE + bias_E
+        self.preferences.append(preference_RE.detach())
         chosen_RA = preference_RE.topk(spec.experts_per_token, -1).indices
         weight_RA = scores_RE.gather(-1, chosen_RA)
         weight_RA = weight_RA / weight_RA.sum(-1, keepdim=True)

@@ -33,6 +33,23 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sides(directory):
+    """sides(writer, **fields): (ours, the oracle that is right) on one directory, loaded once."""
+    from hybrid_jax.parity.oracles import choose
+    from hybrid_jax.parity.ours import Ours
+
+    loaded = {}
+
+    def get(writer: str, **fields):
+        path = directory(writer, **fields)
+        if path not in loaded:
+            loaded[path] = Ours(path), choose(path)[0]
+        return loaded[path]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tokens_BT():
     """Random ids longer than the 256-token block in which transformers computes."""
     return np.random.default_rng(0).integers(0, directories.SHAPE["vocab_size"], (2, 270))

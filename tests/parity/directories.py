@@ -1,4 +1,4 @@
-"""Write tiny random Hugging Face directories: two kinds by transformers, one by hand as released."""
+"""Tiny random Hugging Face directories: two kinds saved by transformers, one as released."""
 
 import json
 import pathlib
