@@ -1,0 +1,105 @@
+"""Our side of the comparison: the real training step, prefill and decode loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax import checkpoint, inference
+from hybrid_jax import model as model_lib
+from hybrid_jax.bench.tasks import Clock, Result
+from hybrid_jax.config import layers, training
+from hybrid_jax.config.model import ModelConfig, fold_layers
+from hybrid_jax.data import Batch
+from hybrid_jax.training import step as step_lib
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Skeleton
+from hybrid_jax.training.state import TrainState
+
+
+class Ours:
+    """A model loaded from a Hugging Face directory, with one optimiser state."""
+
+    def __init__(self, directory: str):
+        self.model = checkpoint.load(directory)
+        config = training.TrainConfig(
+            model=self.model.config,
+            data=training.Text(path="unused"),
+            steps=10_000,
+            # As the other side: cross-entropy alone. The rate is too small to move the weights.
+            schedule=training.Schedule(peak=1e-8, warmup_steps=0, decay=training.Constant()),
+            loss=training.Loss(balance=None),
+        )
+        skeleton = Skeleton(self.model.config)
+        optimizer = Optimizer(config, skeleton.axes)
+        # A copy: the training step gives its parameters up, prefill and decode go on using theirs.
+        params = jax.tree.map(jnp.copy, skeleton.named(self.model))
+        self._state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        self._step = step_lib.make_train_step(config, skeleton, optimizer)
+
+    def train(self, tokens_BT) -> Result:
+        batch = _next_token_batch(tokens_BT)
+        with Clock() as clock:
+            self._state, metrics = self._step(self._state, batch)
+            loss = float(metrics["loss"])
+            jax.block_until_ready(self._state)
+        return Result(clock.seconds, np.array([loss], np.float64))
+
+    def prefill(self, tokens_BT) -> Result:
+        return timed_prefill(self.model, tokens_BT)
+
+    def decode(self, tokens_BT, new_tokens: int) -> Result:
+        # Two lengths from one context: their difference is the time of decoding alone.
+        spent = {}
+        for count in (1, new_tokens + 1):
+            with Clock() as clock:
+                out = inference.generate(self.model, tokens_BT, max_new_tokens=count)
+                out = np.asarray(jax.block_until_ready(out))
+            spent[count] = clock.seconds
+        return Result(spent[new_tokens + 1] - spent[1], out[:, :new_tokens])
+
+
+def timed_prefill(model: model_lib.Model, tokens_BT) -> Result:
+    """Fill a decode state with whole rows; the logits of the last position."""
+    B, T = tokens_BT.shape
+    state = model.initial_state(B, T)
+    jax.block_until_ready(state)
+    with Clock() as clock:
+        logits_BW, state = inference.prefill(model, tokens_BT, np.full((B,), T), state)
+        jax.block_until_ready((logits_BW, state))
+    return Result(clock.seconds, np.asarray(logits_BW))
+
+
+def lightning_only(config: ModelConfig) -> ModelConfig:
+    """The same model with a lightning mixer in every layer."""
+    mixer = next(
+        layer.mixer for layer in config.layers if isinstance(layer.mixer, layers.LightningAttention)
+    )
+    pattern, repeats = fold_layers(
+        dataclasses.replace(layer, mixer=mixer) for layer in config.layers
+    )
+    return dataclasses.replace(config, pattern=pattern, repeats=repeats)
+
+
+def matmul_gflops(size: int = 2048, runs: int = 5) -> float:
+    """The machine's float32 matrix-product rate as JAX reaches it: the best of a few runs."""
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32))
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(matrix, matrix))
+    seconds = []
+    for _ in range(runs):
+        with Clock() as clock:
+            jax.block_until_ready(multiply(matrix, matrix))
+        seconds.append(clock.seconds)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _next_token_batch(tokens_BT) -> Batch:
+    """Every token but the last of a row predicts the next; one segment, as on the other side."""
+    B, T = tokens_BT.shape
+    targets_BT = np.concatenate([tokens_BT[:, 1:], tokens_BT[:, :1]], axis=1)
+    weights_BT = np.ones((B, T), np.float32)
+    weights_BT[:, -1] = 0
+    positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return Batch(tokens_BT, targets_BT, None, positions_BT, weights_BT)
