@@ -129,7 +129,7 @@ class Fields:
         """A list of `length` items, each a key of `kinds`; returns what they stand for."""
         value = self._get(name, _MISSING)
         if not isinstance(value, list) or len(value) != length:
-            got = f"{len(value)} of them" if isinstance(value, list) else value
+            got = len(value) if isinstance(value, list) else value
             self.fail(name, f"a list of {length} items, one a layer", got)
         for item in value:
             if isinstance(item, bool) or not isinstance(item, (int, str)) or item not in kinds:
