@@ -25,15 +25,15 @@ def softmax_attention(
 
     Query t of row b stands at index q_offset[b] + t and attends to the keys s <= that index, of its
     own segment if segments are given. Query head h reads key-value head h // (H // G). Scores are
-    scaled by 1/sqrt(K); scores, softmax and sums are float32. A query of segment 0 (padding), or one
-    that sees no key, gives zeros and passes no gradient.
+    scaled by 1/sqrt(K); scores, softmax and sums are float32. A query of segment 0 (padding), or
+    one that sees no key, gives zeros and passes no gradient.
 
     Args:
       q_BTHK: queries, float32 or bfloat16. Any T and S, also 0 and 1.
       k_BSGK: keys in q's dtype, G dividing H. S may be the capacity of a cache filled in part: work
         stops at the last index any query can see. What lies beyond must be finite.
       v_BSGV: values in q's dtype.
-      q_segment_ids: integer [B, T], 0 for padding; given together with kv_segment_ids or not at all.
+      q_segment_ids: integer [B, T], 0 for padding; given with kv_segment_ids or not at all.
       kv_segment_ids: integer [B, S], 0 for padding.
       q_offset: integer [B], index of the first query in the keys; None for 0.
       implementation: "xla", "reference", or None for the automatic choice.

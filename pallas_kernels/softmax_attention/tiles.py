@@ -17,7 +17,7 @@ BEFORE_ALL = -1
 class Side(NamedTuple):
     """Where the queries, or the keys, stand: index in the row and segment id, cut into tiles.
 
-    Padding of the last tile has an index (BEFORE_ALL or PAST_ALL) by which it sees and shows nothing.
+    Padding of the last tile has an index, BEFORE_ALL or PAST_ALL, that sees and shows nothing.
     """
 
     index_NBC: jax.Array
@@ -120,7 +120,7 @@ def _segment_range(segment_NBC):
 
 
 def trips(touch_NU):
-    """First and one past the last touching tile of each row, [N] and [N]; equal if there is none."""
+    """First and one past the last touching tile of each row, both [N]; equal if there is none."""
     U = touch_NU.shape[1]
     first_N = jnp.argmax(touch_NU, axis=1).astype(jnp.int32)
     end_N = U - jnp.argmax(touch_NU[:, ::-1], axis=1).astype(jnp.int32)

@@ -112,7 +112,9 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
 
 def _backward(residuals, d_out_BTHV):
     """Gradients of q, k and v in float32: scores again tile by tile, five matmuls each."""
-    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH = residuals
+    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH = (
+        residuals
+    )
     B, T, H, K = q_BTHK.shape
     _, S, G, V = v_BSGV.shape
     C, J = tile_size(B, H, T), tile_size(B, H, S)
