@@ -62,7 +62,7 @@ ELEMENTS = [
     ("q_proj.weight", (3, 2, 5), (2 * K + 5, 3)),
     ("k_proj.weight", (3, 1, 5), (1 * K + 5, 3)),
     ("o_proj.weight", (2, 5, 3), (3, 2 * K + 5)),
-    ("gate.weight", (3, 1), (1, 3)),
+    ("block_sparse_moe.gate.weight", (3, 1), (1, 3)),
     ("experts.1.w1.weight", (3, 7), (7, 3)),
     ("experts.1.w3.weight", (3, 7), (7, 3)),
     ("experts.1.w2.weight", (7, 3), (3, 7)),

@@ -5,7 +5,9 @@ checkpoint a group under `weights/`: a flat mapping from tensor name to array, i
 Orbax itself saves a whole tree at once and restores a flipped bit silently, hence both.
 """
 
+import contextlib
 import json
+import logging
 import pathlib
 import zlib
 
@@ -76,7 +78,7 @@ class OrbaxSink:
         # Trained weights shrink by a tenth at most; zstd took 60% more time and 160 MB more memory.
         context.array.saving.use_compression = False
         try:
-            with context:
+            with context, _quiet():
                 # Orbax cannot store an empty dim list; a scalar goes as one value.
                 ocp.save(path, {name: np.atleast_1d(array) for name, array in self._group.items()})
         except ValueError as error:
@@ -140,7 +142,7 @@ class OrbaxDirectory:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
-            with context:
+            with context, _quiet():
                 return dict(ocp.load(path, target))
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.
@@ -175,6 +177,18 @@ def _orbax():
     from orbax.checkpoint import v1
 
     return v1
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Orbax logs every error that it raises; the caller's one line is enough."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _group_path(directory: pathlib.Path, group: int) -> pathlib.Path:
