@@ -113,6 +113,18 @@ def touching(query: Side, key: Side):
     return touch_NUB.any(-1)
 
 
+def clear(query: Side, key: Side):
+    """Which pairs of tiles are wholly visible and need no mask, [N, U]; never too many."""
+    first_NB, last_UB = query.index_NBC.min(-1), key.index_NBC.max(-1)
+    clear_NUB = first_NB[:, None] >= last_UB[None, :]
+    if query.segment_NBC is not None:
+        low_NB, high_UB = query.segment_NBC.min(-1), key.segment_NBC.max(-1)
+        clear_NUB &= (low_NB == query.segment_NBC.max(-1))[:, None]
+        clear_NUB &= (key.segment_NBC.min(-1) == high_UB)[None, :]
+        clear_NUB &= low_NB[:, None] == high_UB[None, :]
+    return clear_NUB.all(-1)
+
+
 def _segment_range(segment_NBC):
     """Smallest and largest id of a tile other than 0."""
     low_NB = jnp.where(segment_NBC == 0, PAST_ALL, segment_NBC).min(-1)

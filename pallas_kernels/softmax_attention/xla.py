@@ -67,8 +67,9 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     q_NPMK = tiles.cut(q_BTHK, G, C) * K**-0.5
     query = tiles.query_side(offset_B, q_segment_BT, T, C)
     key = tiles.key_side(B, kv_segment_BS, S, J)
+    clear_NU = tiles.clear(query, key)
     first_N, end_N = tiles.trips(tiles.touching(query, key))
-    N, P, M, _ = q_NPMK.shape
+    _, P, M, _ = q_NPMK.shape
 
     def fetch(x_BSGK, tile_idx):
         # Read where it lies: a cache is far larger than the part that is filled. The last tile may
@@ -78,13 +79,14 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
         return x_BJGK.swapaxes(1, 2).reshape(P, J, -1).astype(jnp.float32)
 
     def one_query_tile(_, inputs):
-        q_PMK, query_tile, first, end = inputs
+        q_PMK, query_tile, clear_U, first, end = inputs
 
-        def one_key_tile(tile_idx, carry):
+        def one_key_tile(tile_idx, carry, masked):
             out_PMV, top_PM1, total_PM1 = carry
-            key_tile = tiles.key_tile(tile_idx, kv_segment_BS, S, J)
             score_PMJ = jnp.einsum("pmk,pjk->pmj", q_PMK, fetch(k_BSGK, tile_idx))
-            score_PMJ = tiles.mask(score_PMJ, tiles.visible(query_tile, key_tile))
+            if masked:
+                key_tile = tiles.key_tile(tile_idx, kv_segment_BS, S, J)
+                score_PMJ = tiles.mask(score_PMJ, tiles.visible(query_tile, key_tile))
             new_PM1 = jnp.maximum(top_PM1, score_PMJ.max(-1, keepdims=True))
             weight_PMJ = jnp.exp(score_PMJ - new_PM1)
             decay_PM1 = jnp.exp(top_PM1 - new_PM1)
@@ -93,18 +95,23 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
             total_PM1 = total_PM1 * decay_PM1 + weight_PMJ.sum(-1, keepdims=True)
             return out_PMV, new_PM1, total_PM1
 
+        def clear_or_masked(tile_idx, carry):
+            # The maximum is a pass of its own, and so is the mask before it.
+            branches = (functools.partial(one_key_tile, masked=m) for m in (False, True))
+            return lax.cond(clear_U[tile_idx], *branches, tile_idx, carry)
+
         start = (
             jnp.zeros((P, M, V), jnp.float32),
             jnp.full((P, M, 1), -NOTHING_SEEN, jnp.float32),
             jnp.zeros((P, M, 1), jnp.float32),
         )
-        out_PMV, top_PM1, total_PM1 = lax.fori_loop(first, end, one_key_tile, start)
+        out_PMV, top_PM1, total_PM1 = lax.fori_loop(first, end, clear_or_masked, start)
         seen_PM1 = total_PM1 > 0
         total_PM1 = jnp.where(seen_PM1, total_PM1, 1.0)
         logsumexp_PM1 = jnp.where(seen_PM1, top_PM1 + jnp.log(total_PM1), NOTHING_SEEN)
         return None, (out_PMV / total_PM1, logsumexp_PM1)
 
-    inputs = (q_NPMK, query, first_N, end_N)
+    inputs = (q_NPMK, query, clear_NU, first_N, end_N)
     _, (out_NPMV, logsumexp_NPM1) = lax.scan(one_query_tile, None, inputs)
     join = functools.partial(tiles.join, batch=B, num_kv_heads=G, size=C, length=T)
     return join(out_NPMV).astype(q_BTHK.dtype), join(logsumexp_NPM1)[..., 0]
