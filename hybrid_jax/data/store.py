@@ -50,7 +50,7 @@ class TokenStore(NamedTuple):
             facts = json.loads((directory / f"{name}.json").read_text())
             ids = np.load(directory / f"{name}.ids.npy", mmap_mode="r", allow_pickle=False)
             offsets = np.load(directory / f"{name}.offsets.npy", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"The token store {directory / name} is missing or damaged ({error}). "
                 "Delete the directory to tokenise the text again."

@@ -19,6 +19,8 @@ class Tokenizer:
                 f"{source} has no token {END_OF_DOCUMENT!r}, which separates documents. "
                 "Train one with hybrid-jax, or add that token to the file."
             )
+        # A document that spells out a special token must not end there. Not stored in the file.
+        backend.encode_special_tokens = True
         self.backend = backend
         self.end_id: int = end
 
@@ -71,8 +73,6 @@ def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> Tokenizer
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    # A document that spells out a special token must not end there.
-    backend.encode_special_tokens = True
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.training.state import TrainState
+from hybrid_jax.training.state import TrainState, place
 
 
 class Restored(NamedTuple):
@@ -92,7 +92,7 @@ class CheckpointStore:
         step = self._pick(step)
         trees = self._load(step, {"params": abstract.params, "optimizer": abstract.optimizer})
         progress = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        state = TrainState(jnp.int32(step), trees["params"], trees["optimizer"])
+        state = place(TrainState(jnp.int32(step), trees["params"], trees["optimizer"]))
         return Restored(state, progress["position"], progress["fingerprint"])
 
     def restore_params(self, abstract: dict, step: int | None = None) -> dict[str, jax.Array]:

@@ -59,7 +59,7 @@ class Optimizer:
         # optax mixes Python and array types freely; this is the one place that lets it.
         with jax.numpy_dtype_promotion("standard"):
             values, gradients = _float32(params), _float32(gradients)
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             updates, new_state = self._transform.update(gradients, state, values)
             rate = self.learning_rate(step)
             new_params = {

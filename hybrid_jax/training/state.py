@@ -28,7 +28,16 @@ class TrainState:
 def initial_state(config: config_lib.TrainConfig, skeleton: Skeleton, optimizer: Optimizer):
     """The state before the first update, with parameters drawn from `config.seed`."""
     params = skeleton.named(model_lib.build(config.model, config.seed))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    return place(TrainState(jnp.int32(0), params, optimizer.init(params)))
+
+
+def place(state: TrainState) -> TrainState:
+    """`state` bound to the first device.
+
+    A restored state is bound too, so a resumed run compiles the very program the first one did, and
+    finds it in JAX's compilation cache.
+    """
+    return jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def abstract_state(skeleton: Skeleton, optimizer: Optimizer) -> TrainState:

@@ -1,0 +1,203 @@
+"""A run that was interrupted, however rudely, ends with the same bits as one that was not."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax import observe, training
+from hybrid_jax.config import text
+from hybrid_jax.training.checkpoints import CheckpointStore
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Skeleton
+from hybrid_jax.training.state import abstract_state
+from tests.training import small
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run here compiles the same programs: keep them on disk, for other processes too."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return small.small_run(small.write_text(tmp_path_factory.mktemp("text")))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The directory of a run that nobody disturbed."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    outcome = training.train(config, path, stream=io.StringIO())
+    assert outcome.step == 8 and outcome.stopped_by is None
+    return path
+
+
+class Interrupting(io.StringIO):
+    """An output that sends this process a signal when a note or line says `when`."""
+
+    def __init__(self, when: str, number):
+        super().__init__()
+        self._when, self._number = when, number
+
+    def write(self, words):
+        if self._when in words:
+            os.kill(os.getpid(), self._number)
+        return super().write(words)
+
+
+def everything(config, path):
+    """(arrays of the newest checkpoint, position, metrics without times)."""
+    skeleton = Skeleton(config.model)
+    abstract = abstract_state(skeleton, Optimizer(config, skeleton.axes))
+    with CheckpointStore.reading(path / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(abstract)
+    records = [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in observe.read_metrics(path / "metrics.jsonl")
+    ]
+    return jax.tree.map(np.asarray, restored.state), restored.position, records
+
+
+def assert_same_run(config, path, whole):
+    state, position, records = everything(config, path)
+    wanted_state, wanted_position, wanted_records = everything(config, whole)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
+    assert position == wanted_position == 8
+    assert records == wanted_records
+
+
+def test_a_run_leaves_what_it_promises(config, whole):
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "tokenizer.json"):
+        assert (whole / name).stat().st_size > 0
+    # Every 3 steps and the last, the newest two kept.
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["6", "8"]
+    records = observe.read_metrics(whole / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [r["step"] for r in records if "heldout_loss" in r] == [4, 8]
+    assert text.read_yaml(type(config), whole / "config.yaml") == config
+    model = training.restore_model(whole)
+    state, _, _ = everything(config, whole)
+    np.testing.assert_array_equal(model.embedding.table[...], state.params["embedding.table"])
+    first = training.restore_model(whole, step=6)
+    assert (np.asarray(first.embedding.table[...]) != state.params["embedding.table"]).any()
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7; it has \[6, 8\]"):
+        training.restore_model(whole, step=7)
+
+
+def test_a_signal_saves_and_a_resume_continues_exactly(config, whole, tmp_path):
+    path = tmp_path / "run"
+    # The first step's line is printed, then the signal: the second step is never begun.
+    outcome = training.train(config, path, stream=Interrupting("step 1/8", signal.SIGINT))
+    assert outcome.step == 1 and outcome.stopped_by == "SIGINT"
+    assert outcome.heldout_loss is None
+    # Again, before the resumed run took a step: nothing to save, nothing lost.
+    stream = Interrupting("Resuming", signal.SIGTERM)
+    outcome = training.train(config, path, resume=True, stream=stream)
+    assert outcome.step == 1 and outcome.stopped_by == "SIGTERM"
+    outcome = training.train(config, path, resume=True, stream=io.StringIO())
+    assert outcome.step == 8
+    assert_same_run(config, path, whole)
+
+
+def test_kill_dash_nine_and_a_torn_metrics_file_lose_nothing(
+    config, whole, tmp_path, compiled_once
+):
+    path, options = tmp_path / "run", tmp_path / "config.yaml"
+    text.write_yaml(config, options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybrid_jax.cli", "train", "--config", options, "--out", path],
+        env=os.environ | compiled_once,
+        stdout=subprocess.DEVNULL,
+    )
+    # Long, for a machine that others use too; on an idle one it takes 10 s.
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(observe.read_metrics(path / "metrics.jsonl")) >= 4:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 4 <= len(observe.read_metrics(path / "metrics.jsonl")) <= 8
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    # Of a checkpoint that was being written, Orbax leaves a directory under another name.
+    (path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)
+    training.train(config, path, resume=True, stream=io.StringIO())
+    assert_same_run(config, path, whole)
+    assert not (path / "checkpoints" / "7.orbax-checkpoint-tmp").exists()
+
+
+def test_more_steps_are_allowed_and_anything_else_is_named(config, whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    before = (path / "config.yaml").read_bytes()
+    other = text.from_dict(type(config), text.to_dict(config) | {"batch_size": 2, "seed": 7})
+    with pytest.raises(ValueError, match=r"batch_size = 4  \(now: 2\)\n  seed = 0  \(now: 7\)"):
+        training.train(other, path, resume=True)
+    fewer = text.from_dict(type(config), text.to_dict(config) | {"steps": 5})
+    with pytest.raises(ValueError, match=r"steps=5, but .* has already done 8"):
+        training.train(fewer, path, resume=True, stream=io.StringIO())
+    (path / "config.yaml").write_bytes(before)
+    with pytest.raises(FileExistsError, match=r"already holds a run.*--resume.*--out"):
+        training.train(config, path)
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        training.train(config, tmp_path / "absent", resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    shutil.rmtree(path / "checkpoints" / "8")
+    skeleton = Skeleton(config.model)
+    abstract = abstract_state(skeleton, Optimizer(config, skeleton.axes))
+    with CheckpointStore(path / "checkpoints", keep=2) as checkpoints:
+        state, position, fingerprint = checkpoints.restore(abstract)
+        state.params["norm.scale"] = state.params["norm.scale"] * np.float32("nan")
+        checkpoints.save(7, state, position, fingerprint)
+    with pytest.raises(training.Diverged, match=r"Step 8: loss nan.*checkpoint is .*/7"):
+        training.train(config, path, resume=True, stream=io.StringIO())
+    assert [p.name for p in sorted((path / "checkpoints").iterdir())] == ["6", "7"]
+
+
+def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or directory"):
+        training.train(small.small_run(tmp_path / "none"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_than_the_checkpoint_was_made_with_is_refused(config, whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    facts = json.loads((path / "tokens" / "training.json").read_text())
+    ids = np.load(path / "tokens" / "training.ids.npy")
+    ids[5] += 1
+    np.save(path / "tokens" / "training.ids.npy", ids)
+    assert facts["tokens"] == len(ids)
+    with pytest.raises(ValueError, match="belongs to other data"):
+        training.train(config, path, resume=True, stream=io.StringIO())
+    ids[5] = 60000
+    np.save(path / "tokens" / "training.ids.npy", ids)
+    with pytest.raises(ValueError, match=r"training text: document 0 holds token id 60000"):
+        training.train(config, path, resume=True, stream=io.StringIO())
