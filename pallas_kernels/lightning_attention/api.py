@@ -114,7 +114,8 @@ def _compute_dtype(**arrays: jax.Array) -> np.dtype:
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating, got {x.dtype}")
-    return jnp.promote_types(arrays["q"].dtype, jnp.float32)
+    # Not jnp.promote_types: under strict promotion it refuses bfloat16 beside float32.
+    return jnp.dtype(jnp.float64 if arrays["q"].dtype == jnp.float64 else jnp.float32)
 
 
 def _check_shape(name: str, x: jax.Array, expected: tuple[int | str, ...]) -> None:

@@ -1,0 +1,1 @@
+"""Tests of lightning attention: one contract that every implementation inherits."""
