@@ -1,16 +1,9 @@
-"""Array kernels: local arrays in, local arrays out; one op a folder, several implementations each."""
+"""Array kernels: local arrays in, local arrays out; one op a folder with its implementations."""
 
-import importlib
+# A folder has the name of its op. Importing every op here binds the functions for good: a folder
+# imported for the first time later would put its module where the function belongs.
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.lightning_attention.api import lightning_attention, lightning_decode
+from pallas_kernels.softmax_attention.api import softmax_attention
 
-# Each op is imported here, once and eagerly: a folder has the name of its op, and importing the
-# folder later would put the module where the function belongs.
-for _folder, _names in {
-    "grouped_matmul": ("grouped_matmul",),
-    "lightning_attention": ("lightning_attention", "lightning_decode"),
-    "softmax_attention": ("softmax_attention",),
-}.items():
-    try:
-        _module = importlib.import_module(f"{__name__}.{_folder}.api")
-    except ImportError:
-        continue
-    globals().update({_name: getattr(_module, _name) for _name in _names})
+__all__ = ["grouped_matmul", "lightning_attention", "lightning_decode", "softmax_attention"]

@@ -1,1 +1,1 @@
-"""Measure the real steps, alternated with their peer, and check the results before the clock runs."""
+"""Measure the real steps, in turn with their peer, and compare results before timing."""

@@ -55,7 +55,7 @@ def _serve(connection, build, args) -> None:
             _reset_peak()
             result = getattr(target, method)(*arguments)
             connection.send((None, (result, _peak_bytes())))
-    except Exception as error:  # noqa: BLE001  handed to the parent, which raises it
+    except Exception as error:  # handed to the parent, which raises it
         connection.send((error, traceback.format_exc()))
 
 

@@ -10,9 +10,9 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Measure training, prefill and decode beside transformers: the same weights, token ids, float32
-    and two threads, in turn, in one run. Outputs are compared before anything is timed, compile time
-    is apart, and every figure is the median of the rounds. Takes about five minutes.
+    """Measure training, prefill and decode beside transformers: same weights, token ids, float32
+    and two threads, in turn, in one run. Outputs are compared before anything is timed, compile
+    time is apart, and every figure is the median of the rounds. Takes about five minutes.
 
     Exit code 1 if the two sides do not compute the same."""
 
@@ -43,8 +43,8 @@ def run(args: Args) -> int:
         return 1
     print(model.table(report))
     print(
-        f"\nfloat32 matmul {report['matmul_gflops']:.0f} GFLOP/s; prefill time per token at 64k over "
-        f"4k, lightning layers alone: {report['prefill_growth_4k_64k']:.2f}"
+        f"\nfloat32 matmul {report['matmul_gflops']:.0f} GFLOP/s; prefill time per token at 64k "
+        f"over 4k, lightning layers alone: {report['prefill_growth_4k_64k']:.2f}"
     )
     if args.json is not None:
         model.write(report, args.json)

@@ -12,7 +12,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Continue a prompt and print it; give the prompt as text, as token ids, or on standard input."""
+    """Continue a prompt and print it; the prompt comes as text, token ids or standard input."""
 
     model: typing.Annotated[str, tyro.conf.Positional]
     """Directory of a checkpoint (Hugging Face or Orbax) or of a training run."""

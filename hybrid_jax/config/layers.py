@@ -1,4 +1,4 @@
-"""What a layer can be made of: mixers, feed-forward kinds, routers and residuals, each a frozen value."""
+"""What a layer can be made of: mixers, feed-forwards, routers, residuals, each a frozen value."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ class LightningAttention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxAttention:
-    """Causal grouped-query attention with rotary positions on the first `rotary_dim` dims of a head."""
+    """Causal grouped-query attention; rotary positions on the first `rotary_dim` dims of a head."""
 
     num_heads: int
     """Query heads."""
@@ -57,7 +57,8 @@ class SoftmaxAttention:
         _require_at_least_zero(self, "rotary_dim")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
+                f"num_heads={self.num_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}."
             )
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
@@ -72,7 +73,7 @@ Mixer = LightningAttention | SoftmaxAttention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftmaxTopK:
-    """Softmax over all experts, the best `experts_per_token` kept and renormalised (Text-01, M1)."""
+    """Softmax over all experts; the best `experts_per_token` are renormalised (Text-01, M1)."""
 
     experts_per_token: int
     """Experts that each token visits."""

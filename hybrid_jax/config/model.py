@@ -1,4 +1,4 @@
-"""A whole model as a value: a repeating pattern of runs of equal layers, and the sizes around it."""
+"""A whole model as a value: a repeating pattern of runs of equal layers, and sizes around it."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ class ModelConfig:
     dtypes: Dtypes = Dtypes()
     """Precision of parameters and of computation."""
     remat: str = "none"
-    """What the backward pass recomputes: none, full (all of a layer), save_dots (all but matmuls)."""
+    """What the backward pass recomputes: none, full (whole layers), save_dots (all but matmuls)."""
 
     def __post_init__(self):
         layers_lib._require_positive(self, "vocab_size", "hidden_dim", "repeats", "max_positions")
@@ -95,7 +95,7 @@ class ModelConfig:
 def fold_layers(layers) -> tuple[tuple[Run, ...], int]:
     """A flat sequence of layers as (pattern of runs, repeats), with the shortest pattern.
 
-    Text-01's 80 layers come back as ((7 x lightning, 1 x softmax), 10): two layer bodies to compile.
+    Text-01's 80 layers come back as ((7 x lightning, 1 x softmax), 10): two bodies to compile.
     """
     layers = tuple(layers)
     if not layers:

@@ -1,4 +1,4 @@
-"""Configuration trees as text: nested dicts and YAML both ways, and one leaf a line to read or diff."""
+"""Configuration trees as text: dicts and YAML both ways, and one leaf a line to read or diff."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ def near_names(name: str, known) -> str:
 
 
 def to_dict(config):
-    """A config as plain dicts, lists and scalars; a member of a union carries its class as `kind`."""
+    """A config as dicts, lists and scalars; a member of a union carries its class as `kind`."""
     if dataclasses.is_dataclass(config):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
         return {"kind": type(config).__name__} | fields

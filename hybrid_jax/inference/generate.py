@@ -29,9 +29,9 @@ def generate(
 ) -> jax.Array:
     """New tokens int32 [B, max_new_tokens] after the prompts int [B, T].
 
-    Rows are right-padded; `prompt_lengths` [B] are their real tokens (default: all T). Temperature 0
-    is greedy. After `eos_id` a row is filled with it, and decoding stops when all rows have ended.
-    Raises ValueError for empty prompts, token ids outside the vocabulary and sizes that make no sense.
+    Rows are right-padded; `prompt_lengths` [B] are their real tokens (default: all T). Temperature
+    0 is greedy. After `eos_id` a row is filled with it, and decoding stops when all rows have ended.
+    Raises ValueError for empty prompts, token ids outside the vocabulary and impossible sizes.
     """
     sampling = sampling_lib.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     tokens_BT, lengths_B = _checked(model, tokens_BT, prompt_lengths, max_new_tokens, eos_id)

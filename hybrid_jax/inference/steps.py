@@ -45,10 +45,10 @@ def _jitted_chunk(graphdef, params, tokens_BT, lengths_B, state):
 
 
 def prefill(model: Model, tokens_BT, lengths_B, state: DecodeState, chunk: int = PREFILL_CHUNK):
-    """Run right-padded prompts through the model, `chunk` tokens at a time: (last_logits_BW, state).
+    """Run right-padded prompts through the model in chunks: (last_logits_BW, state).
 
     `lengths_B` int32 [B] are the real tokens of each row. Logits are those of each row's last real
-    token. Compiled once for each shape of a chunk. The given state is donated: use the one returned.
+    token. Compiled once for each shape of a chunk. The state is donated: use the one returned.
     """
     tokens_BT, lengths_B = np.asarray(tokens_BT), np.asarray(lengths_B)
     B, T = tokens_BT.shape

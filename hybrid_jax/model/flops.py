@@ -8,7 +8,7 @@ def forward_flops(config: ModelConfig, context: float, *, head: bool = True) -> 
     """FLOPs a token of one forward pass, a multiply-add counted as two.
 
     Counted is what the mathematics needs, not what an implementation spends: matrix products of the
-    experts a token visits, the decayed sum of lightning attention in its recurrent form, and softmax
+    experts a token visits, the decayed sum of lightning attention as a recurrence, and softmax
     over `context` keys a query (half the length for causal attention over a whole sequence). The
     embedding look-up is free; the head counts if `head`. A training step takes three times as much.
     """

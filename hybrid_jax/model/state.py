@@ -1,4 +1,4 @@
-"""The decode state: caches of softmax layers, memories of lightning layers, lengths, as one pytree."""
+"""The decode state: caches of softmax layers, memories of lightning layers, lengths; a pytree."""
 
 import dataclasses
 

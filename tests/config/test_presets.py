@@ -19,7 +19,7 @@ def test_preset_equals_its_golden_text(name):
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(dumped, encoding="utf-8")
     assert dumped == path.read_text(encoding="utf-8"), (
-        "a preset changed; if it should have: UPDATE_GOLDEN=1 pytest tests/config, and read the diff"
+        "a preset changed; if it should: UPDATE_GOLDEN=1 pytest tests/config, and read the diff"
     )
 
 

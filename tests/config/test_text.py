@@ -54,7 +54,7 @@ def test_numbers_written_without_a_point_are_numbers(tmp_path):
 
 def test_unreadable_yaml_names_the_file(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="config.yaml is not readable YAML"):
+    with pytest.raises(ValueError, match=r"config\.yaml is not readable YAML"):
         text.read_yaml(model.ModelConfig, tmp_path / "config.yaml")
 
 

@@ -70,7 +70,13 @@ def test_sampling_depends_on_the_seed_only():
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "allowed"),
-    [(None, 1.0, {0, 1, 2, 3}), (2, 1.0, {1, 3}), (None, 0.6, {1, 3}), (None, 0.4, {3}), (1, 1.0, {3})],
+    [
+        (None, 1.0, {0, 1, 2, 3}),
+        (2, 1.0, {1, 3}),
+        (None, 0.6, {1, 3}),
+        (None, 0.4, {3}),
+        (1, 1.0, {3}),
+    ],
 )
 def test_top_k_and_top_p_keep_the_most_likely(top_k, top_p, allowed):
     logits = jnp.log(jnp.array([[0.1, 0.3, 0.1, 0.5]]))

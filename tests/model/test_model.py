@@ -11,7 +11,7 @@ from flax import nnx
 from hybrid_jax import model as models
 from tests.model import configs
 
-# float32 with sums in another order: a few hundred roundings of 6e-8, relative to logits of about 5.
+# float32 with sums in another order: a few hundred roundings of 6e-8, for logits of about 5.
 CLOSE = {"rtol": 0, "atol": 2e-4}
 
 

@@ -29,6 +29,7 @@ def get(name: str) -> model.ModelConfig:
     """The configuration called `name`; ValueError with near names if there is none."""
     if name not in _PRESETS:
         raise ValueError(
-            f"There is no preset {name!r}.{near_names(name, names())} Presets: {', '.join(names())}."
+            f"There is no preset {name!r}.{near_names(name, names())} "
+            f"Presets: {', '.join(names())}."
         )
     return _PRESETS[name]()

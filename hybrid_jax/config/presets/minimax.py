@@ -4,8 +4,8 @@ from hybrid_jax.config import layers, model
 
 
 def _deepnorm(num_layers: int) -> layers.Residual:
-    # config.json: postnorm true; layernorm_{full,linear}_attention_alpha and layernorm_mlp_alpha are
-    # 3.5565588200778455 = (2 * 80) ** 0.25, every beta 1.0.
+    # config.json: postnorm true; layernorm_{full,linear}_attention_alpha and layernorm_mlp_alpha
+    # are 3.5565588200778455 = (2 * 80) ** 0.25, every beta 1.0.
     alpha = float((2 * num_layers) ** 0.25)
     return layers.Residual(source="normed", mixer_alpha=alpha, ffn_alpha=alpha)
 
@@ -24,7 +24,8 @@ def minimax_text_01(name: str = "minimax-text-01") -> model.ModelConfig:
     lightning = layers.LightningAttention(
         num_heads=64,  # num_attention_heads
         head_dim=128,  # head_dim
-        norm_eps=1e-6,  # default of the norm class in modeling_minimax_m1.py; config eps is not passed
+        # Default of the norm class in modeling_minimax_m1.py; the config's eps is not passed.
+        norm_eps=1e-6,
     )
     softmax = layers.SoftmaxAttention(
         num_heads=64,  # num_attention_heads

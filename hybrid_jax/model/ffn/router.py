@@ -43,7 +43,7 @@ def choose_softmax(logits_TE, spec: layers.SoftmaxTopK) -> Choice:
 
 
 def choose_sigmoid(logits_TE, bias_E, spec: layers.SigmoidTopK) -> Choice:
-    """Top-k of sigmoid(logits) + bias; weights are the sigmoids alone, renormalised (MiniMax-M2)."""
+    """Top-k of sigmoid(logits) + bias; weights are the sigmoids alone, renormalised (M2)."""
     score_TE = jax.nn.sigmoid(logits_TE)
     biased_TE = jax.lax.stop_gradient(score_TE + bias_E[None, :])
     _, expert_TA = jax.lax.top_k(biased_TE, spec.experts_per_token)

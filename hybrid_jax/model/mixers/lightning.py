@@ -16,7 +16,9 @@ from sharding import Logical
 class LightningMixer(nnx.Module):
     """Owns the parameters of one lightning layer; its state is [B, H, K, V] float32."""
 
-    def __init__(self, init: Initialiser, spec: layers.LightningAttention, dim: int, norm_eps: float):
+    def __init__(
+        self, init: Initialiser, spec: layers.LightningAttention, dim: int, norm_eps: float
+    ):
         H, K = spec.num_heads, spec.head_dim
         self.spec = spec
         axes = (Logical.MODEL, Logical.HEADS, Logical.PARTS, Logical.HEAD_DIM)

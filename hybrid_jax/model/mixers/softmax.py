@@ -1,4 +1,4 @@
-"""Softmax attention: grouped queries, partial rotary positions, optional norm of queries and keys."""
+"""Softmax attention: grouped queries, partial rotary positions, optional norm of q and k."""
 
 import dataclasses
 
