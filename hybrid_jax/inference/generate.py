@@ -30,7 +30,7 @@ def generate(
     """New tokens int32 [B, max_new_tokens] after the prompts int [B, T].
 
     Rows are right-padded; `prompt_lengths` [B] are their real tokens (default: all T). Temperature
-    0 is greedy. After `eos_id` a row is filled with it, and decoding stops when all rows have ended.
+    0 is greedy. After `eos_id` a row is filled with it; decoding stops when all rows have ended.
     Raises ValueError for empty prompts, token ids outside the vocabulary and impossible sizes.
     """
     sampling = sampling_lib.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -134,7 +134,7 @@ def _decode_body(run: LayerModule, params, context: Context):
     """One layer of a run whose parameters and state stay stacked in place.
 
     Nothing is scanned over but an index: the state is written where it lies, and experts, by far
-    the most of the parameters, are read only where a token goes. (Scanning over them would copy all.)
+    the most of the parameters, are read only where a token goes. (A scan over them copies all.)
     """
     graphdef, _ = nnx.split(run)
     whole_stack = getattr(type(run.ffn), "whole_stack", ())
