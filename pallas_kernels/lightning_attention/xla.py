@@ -48,9 +48,7 @@ def lightning_attention(
     chunk: int = _CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute in the state's dtype; linear in T in time and, with its gradient, in memory."""
-    return _attend(
-        chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, segment_ids_BT
-    )
+    return _attend(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, segment_ids_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,9 +91,7 @@ def _attend_backward(chunk, arrays, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(
-    chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments, *, out_dtype=None
-):
+def _forward(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments, *, out_dtype=None):
     """Outputs and final state."""
     decays_at = _decay_tables(chunk, log_decay_H, segments)
     cut = functools.partial(_cut, chunk=chunk, segments=segments, dtype=state_BHKV.dtype)
@@ -116,9 +112,7 @@ def _forward(
     return out_BTHV, state_BHKV
 
 
-def _backward(
-    chunk, q_BTHK, k_BTHK, v_BTHV, dout_BTHV, log_decay_H, dstate_BHKV, segments
-):
+def _backward(chunk, q_BTHK, k_BTHK, v_BTHV, dout_BTHV, log_decay_H, dstate_BHKV, segments):
     """Gradients of k, v and the initial state, from the last chunk to the first."""
     decays_at = _decay_tables(chunk, log_decay_H, segments)
     cut = functools.partial(_cut, chunk=chunk, segments=segments, dtype=dstate_BHKV.dtype)

@@ -47,5 +47,5 @@ def test_a_mistake_is_not_a_refusal():
 
 
 def test_an_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match="'pallas_gpu'.*'declines', 'accepts', 'broken'"):
+    with pytest.raises(ValueError, match=r"'pallas_gpu'.*'declines', 'accepts', 'broken'"):
         dispatch.call("op", _TABLE, ("accepts",), 3, scale=2, implementation="pallas_gpu")

@@ -42,8 +42,7 @@ def make_inputs(case: Case, ids=None, dtype=jnp.float32) -> Inputs:
 
     long = (batch, length, heads)
     q, k, v, dout = (
-        jnp.asarray(normal(*long, size), dtype)
-        for size in (key_dim, key_dim, value_dim, value_dim)
+        jnp.asarray(normal(*long, size), dtype) for size in (key_dim, key_dim, value_dim, value_dim)
     )
     initial, dfinal = (normal(batch, heads, key_dim, value_dim) for _ in range(2))
     ids = np.ones((batch, length), np.int32) if ids is None else np.asarray(ids, np.int32)
@@ -196,6 +195,4 @@ class Contract:
     def test_no_token_and_one_token(self, length):
         inputs = make_inputs(CASES["odd"]._replace(length=length))
         assert_close(run(self.implementation, inputs), oracle.attention(*inputs))
-        assert_close(
-            run(self.implementation, inputs, with_ids=False), oracle.attention(*inputs)
-        )
+        assert_close(run(self.implementation, inputs, with_ids=False), oracle.attention(*inputs))
