@@ -7,7 +7,7 @@ import typing
 
 import tyro
 
-from hybrid_jax.config import recipes, text
+from hybrid_jax.config import presets, recipes, text
 from hybrid_jax.config.training import TrainConfig
 
 
@@ -110,10 +110,10 @@ def _base(source: Source, asks_help: bool) -> TrainConfig:
         from hybrid_jax.training.run import RunDirectory
 
         base = RunDirectory(source.out).read_config()
-        preset = source.preset and recipes.get(source.preset, base.data.path).model
-        changes = {"model": preset} if preset else {}
+        if source.preset is not None:
+            base = dataclasses.replace(base, model=presets.get(source.preset))
     elif source.config is not None:
-        base, changes = text.read_yaml(TrainConfig, source.config), {}
+        base = text.read_yaml(TrainConfig, source.config)
         if source.preset is not None:
             raise ValueError("Give --preset or --config, not both: each is a whole configuration.")
     else:
@@ -124,8 +124,8 @@ def _base(source: Source, asks_help: bool) -> TrainConfig:
             )
         return recipes.get(source.preset or "nano", source.data or "DATA")
     if source.data is not None:
-        changes["data"] = dataclasses.replace(base.data, path=source.data)
-    return dataclasses.replace(base, **changes)
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=source.data))
+    return base
 
 
 def _take_kinds(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:

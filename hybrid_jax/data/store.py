@@ -79,9 +79,9 @@ def tokenise(
     pieces, lengths = [], []
     for begin in range(0, len(documents), _ENCODED_AT_A_TIME):
         texts = [document.text for document in documents[begin : begin + _ENCODED_AT_A_TIME]]
-        for ids in tokenizer.encode_batch(texts):
-            pieces.append(np.array([*ids, tokenizer.end_id], dtype))
-            lengths.append(len(ids) + 1)
+        for encoded in tokenizer.encode_batch(texts):
+            pieces.append(np.array([*encoded, tokenizer.end_id], dtype))
+            lengths.append(len(encoded) + 1)
         if report is not None:
             report(min(begin + _ENCODED_AT_A_TIME, len(documents)), len(documents))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -103,7 +103,7 @@ class CheckpointStore:
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         if step is None and steps:
             return steps[-1]
-        if step not in steps:
+        if step is None or step not in steps:
             raise ValueError(
                 f"{self._checkpointer.directory} has no checkpoint"
                 f"{'' if step is None else f' of step {step}'}; it has {steps or 'none at all'}."

@@ -28,7 +28,7 @@ class Skeleton:
             name: param.get_metadata()["axes"] for name, (_, param) in zip(self.names, pairs)
         }
         """Meaning of each dim, without those of stacked layers."""
-        leaves, self._treedef = jax.tree.flatten(state)
+        leaves, self._treedef = jax.tree.leaves(state), jax.tree.structure(state)
         self.abstract: dict[str, jax.ShapeDtypeStruct] = dict(zip(self.names, leaves, strict=True))
         """Shape and dtype of each parameter."""
 
@@ -39,7 +39,7 @@ class Skeleton:
 
     def model(self, named: Named) -> model_lib.Model:
         """The model with these arrays; traceable."""
-        state = self._treedef.unflatten([named[name] for name in self.names])
+        state = jax.tree.unflatten(self._treedef, [named[name] for name in self.names])
         return nnx.merge(self._graphdef, state)
 
 

@@ -1,5 +1,7 @@
 """Learning rate by step: linear warm-up, then one of the decays."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from hybrid_jax.config import training as config_lib
@@ -37,7 +39,7 @@ def _exponential_tail(decay: config_lib.ExponentialTail, progress):
     return decay.final_fraction ** (jnp.maximum(progress - (1 - tail), 0.0) / tail)
 
 
-_DECAYS = {
+_DECAYS: dict[type, Callable] = {
     config_lib.Constant: _constant,
     config_lib.Cosine: _cosine,
     config_lib.Linear: _linear,
