@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 
 @contextlib.contextmanager
@@ -33,8 +34,17 @@ def new_directory(path, *, overwrite: bool = False):
         _sync(draft)
         _replace(draft, path)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove(draft)
         raise
+
+
+def _remove(draft: pathlib.Path) -> None:
+    """A writer that failed may have threads that add files for a moment longer."""
+    for _ in range(20):
+        shutil.rmtree(draft, ignore_errors=True)
+        if not draft.exists():
+            return
+        time.sleep(0.1)
 
 
 def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:

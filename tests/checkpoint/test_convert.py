@@ -316,9 +316,10 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path / "dst")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout.split() == ["2", "2", "2"], result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), lines
-    assert all("File too large" in line for line in lines)
+    # Orbax may add noise from its event loop.
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3 and all("File too large" in line for line in lines), lines
+    assert all(".dst.draft-" in line for line in lines)
     assert os.listdir(tmp_path) == ["src"]
 
 

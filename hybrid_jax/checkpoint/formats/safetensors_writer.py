@@ -36,9 +36,10 @@ class SafetensorsSink:
         protocol.check_planned(info, array)
         shard = self._shard_of[name]
         if shard not in self._open:
-            self._open[shard] = self._begin(shard)
+            self._begin(shard)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _write_at(self._open[shard], memoryview(data), self._places.pop(name))
+        path = self._directory / self._names[shard]
+        _write_at(path, self._open[shard], memoryview(data), self._places.pop(name))
         self._left[shard] -= 1
         if not self._left[shard]:
             fd = self._open.pop(shard)
@@ -70,7 +71,7 @@ class SafetensorsSink:
             os.close(fd)
         self._open.clear()
 
-    def _begin(self, shard: int) -> int:
+    def _begin(self, shard: int) -> None:
         # Wide types first keeps every tensor aligned to its own size, which readers rely on.
         infos = sorted(self._shards[shard], key=lambda i: -protocol.DTYPES[i.dtype].itemsize)
         header, place = {"__metadata__": {"format": "pt"}}, 0
@@ -89,8 +90,8 @@ class SafetensorsSink:
             self._places[info.name] += 8 + len(raw)
         path = self._directory / self._names[shard]
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        _write_at(fd, memoryview(len(raw).to_bytes(8, "little") + raw), 0)
-        return fd
+        self._open[shard] = fd
+        _write_at(path, fd, memoryview(len(raw).to_bytes(8, "little") + raw), 0)
 
 
 def _split(infos, shard_bytes: int) -> list[list[protocol.TensorInfo]]:
@@ -111,8 +112,11 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _write_at(fd: int, data: memoryview, place: int) -> None:
+def _write_at(path: pathlib.Path, fd: int, data: memoryview, place: int) -> None:
     # 64 MiB a call: Linux cuts longer writes at 2 GiB anyway, and a full disk shows sooner.
     while data:
-        done = os.pwrite(fd, data[: 1 << 26], place)
+        try:
+            done = os.pwrite(fd, data[: 1 << 26], place)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} while writing", str(path)) from error
         data, place = data[done:], place + done
