@@ -29,10 +29,11 @@ def draw_losses(records: list[dict], path, *, title: str = "", unigram_entropy=N
         axes.annotate(
             f"{loss:.3f}",
             (step, loss),
-            (0, 9),
+            (0, -16),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             color="#c4501b",
+            weight="bold",
         )
     if unigram_entropy is not None:
         axes.axhline(
@@ -50,11 +51,10 @@ def draw_losses(records: list[dict], path, *, title: str = "", unigram_entropy=N
 
 
 def _running_mean(losses) -> list[float]:
-    """Exponential mean over about the last twentieth of the run, corrected for its start."""
-    keep = 1 - 1 / max(len(losses) / 20, 1)
-    means, total, weight = [], 0.0, 0.0
-    for loss in losses:
-        total = keep * total + (1 - keep) * loss
-        weight = keep * weight + (1 - keep)
-        means.append(total / weight)
+    """Exponential mean over a twentieth of the run; over less at first, where loss falls fast."""
+    means: list[float] = []
+    for idx, loss in enumerate(losses):
+        window = max(1.0, min(len(losses) / 20, idx / 4))
+        before = means[-1] if means else loss
+        means.append(before + (loss - before) / window)
     return means

@@ -1,0 +1,83 @@
+"""`hybrid-jax train`: from options to a whole configuration, and bad input to exit code 2."""
+
+import pytest
+
+from hybrid_jax import cli
+from hybrid_jax.cli import train
+from hybrid_jax.config import recipes, text
+from hybrid_jax.config import training as t
+from tests.training import small
+
+
+def parsed(*options) -> t.TrainConfig:
+    return train.parse(["--out", "run", *options]).train
+
+
+def failing(capsys, *options) -> str:
+    """What a command that must fail with exit code 2 says."""
+    try:
+        code = cli.main(["train", *map(str, options)])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_every_field_is_an_option():
+    config = parsed(
+        *("--preset", "quickstart", "--data", "text", "--data.exclude", "a/*", "b/*"),
+        *("--steps", "7", "--schedule.peak", "0.5", "--model.pattern.0.layer.ffn.num-experts", "4"),
+        *("--optimizer.clip-norm", "None", "--data.pattern", "*.md"),
+    )
+    assert config.data.path == "text" and config.data.exclude == ("a/*", "b/*")
+    assert (config.steps, config.schedule.peak, config.optimizer.clip_norm) == (7, 0.5, None)
+    assert config.model.pattern[0].layer.ffn.num_experts == 4
+    recipe = recipes.get("quickstart", "text")
+    assert config.schedule.warmup_steps == recipe.schedule.warmup_steps
+    assert config.model.pattern[1] == recipe.model.pattern[1]
+
+
+def test_kinds_are_chosen_by_name():
+    config = parsed(
+        *("--preset", "nano", "--data", "text", "--schedule.decay.kind", "ExponentialTail"),
+        *("--schedule.decay.tail-fraction", "0.3", "--loss.balance.kind=None"),
+    )
+    assert config.schedule.decay == t.ExponentialTail(tail_fraction=0.3)
+    assert config.loss.balance is None
+    with pytest.raises(ValueError, match=r"got 'linear'. Did you mean 'Linear'\?"):
+        parsed("--preset", "nano", "--data", "text", "--schedule.decay.kind", "linear")
+    with pytest.raises(ValueError, match=r"no field 'schedule.deca' to choose a kind for"):
+        parsed("--preset", "nano", "--data", "text", "--schedule.deca.kind", "Linear")
+
+
+def test_a_file_is_the_default_that_options_change(tmp_path):
+    config = small.small_run("text")
+    text.write_yaml(config, tmp_path / "config.yaml")
+    source = ("--config", str(tmp_path / "config.yaml"))
+    assert parsed(*source) == config
+    assert parsed(*source, "--data", "other").data.path == "other"
+    with pytest.raises(ValueError, match="--preset or --config, not both"):
+        parsed(*source, "--preset", "nano")
+
+
+def test_bad_input_exits_with_2_and_a_way_out(capsys, tmp_path):
+    out = ("--out", tmp_path / "run")
+    said = failing(capsys, *out, "--preset", "nanno", "--data", "x")
+    assert "no preset 'nanno'. Did you mean 'nano'" in said
+    assert "needs --preset NAME and --data PATH" in failing(capsys, *out)
+    assert "holds no run to resume" in failing(capsys, *out, "--resume")
+    some = (*out, "--preset", "nano", "--data", tmp_path / "absent")
+    assert "There is no file or directory" in failing(capsys, *some)
+    assert "schedule.peak" in failing(capsys, *some, "--schedule.peek", "1")
+    assert "must be > 0; got -1.0" in failing(capsys, *some, "--schedule.peak", "-1")
+    assert "multiple of accumulate=3" in failing(capsys, *some, "--accumulate", "3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_fields_and_exit_codes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("--optimizer.weight-decay", "--loss.balance.coefficient", "Exit code 0"):
+        assert words in said
