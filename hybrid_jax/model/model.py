@@ -44,8 +44,9 @@ class Model(nnx.Module):
     def __call__(self, tokens_BT, segment_ids=None, positions=None) -> jax.Array:
         """Logits float32 [B, T, vocab] for int tokens [B, T].
 
-        `segment_ids` int32 [B, T]: tokens see only earlier tokens of the same id; 0 is padding, where
-        logits are finite and unspecified. `positions` count from 0 in each segment unless given.
+        `segment_ids` int32 [B, T]: tokens see only earlier tokens of the same id; 0 is padding,
+        where logits are finite and unspecified. `positions` count from 0 in each segment, unless
+        given.
         """
         return self.logits(self.hidden(tokens_BT, segment_ids, positions).x_BTD)
 
@@ -112,7 +113,10 @@ class Model(nnx.Module):
 
 def build(config: ModelConfig, seed: int = 0) -> Model:
     """A model with random parameters."""
-    return Model(config, jax.random.key(seed))
+    graphdef, _ = nnx.split(abstract(config))
+    # One compiled program instead of one for every shape.
+    draw = jax.jit(lambda key: nnx.split(Model(config, key))[1])
+    return nnx.merge(graphdef, draw(jax.random.key(seed)))
 
 
 def abstract(config: ModelConfig) -> Model:

@@ -60,8 +60,9 @@ def m2(**changes) -> ModelConfig:
 def odd(**changes) -> ModelConfig:
     """Three heads, a dense layer beside one with a shared expert, tied head, shifted embeddings."""
     lightning = layers.LightningAttention(num_heads=3, head_dim=8)
+    # Not top-1: its renormalised weight is always one, and the router would learn nothing.
     shared = _moe(
-        layers.SoftmaxTopK(experts_per_token=1), shared=layers.SharedExpert(hidden_dim=12)
+        layers.SoftmaxTopK(experts_per_token=2), shared=layers.SharedExpert(hidden_dim=12)
     )
     residual = layers.Residual(source="normed", mixer_alpha=1.4, ffn_alpha=1.4)
     pattern = (
