@@ -129,6 +129,9 @@ class TransformersOracle:
 
         self.name = f"transformers {transformers.__version__}"
         self._spec = spec
+        # Its bars and warnings would stand in the middle of the table.
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from hybrid_jax.cli import parity
-from hybrid_jax.parity import measure, torch_reference
+from hybrid_jax.parity import measure, oracles, torch_reference
 from hybrid_jax.parity.report import Greedy
 
 # The shapes of test_model.py, so that its compiled programs serve here too.
-MINIMAX = {"pattern": "lllsls"}
+MINIMAX = {"pattern": "llslls"}
 SIZES = {"tokens": 270, "rows": 2, "new_tokens": 64}
 
 
@@ -41,12 +41,18 @@ def test_a_difference_fails_and_is_named(directory, tmp_path, capsys, monkeypatc
     # The epsilon other implementations use inside lightning attention; large, to be seen at once.
     monkeypatch.setattr(torch_reference, "LIGHTNING_NORM_EPS", 1e-2)
     out = tmp_path / "parity.json"
-    path = directory("save_original", pattern="llsl", shared=24)
+    path = directory("save_original", pattern="lsls", shared=24)
     assert parity.run(parity.Args(path=path, json=out, **SIZES)) == 1
     report = json.loads(out.read_text())
     assert not report["passed"]
     assert report["logits"]["max_rel"] > 1e-4
     assert "FAILED: logits" in capsys.readouterr().out
+
+
+def test_where_transformers_rotates_otherwise_the_reference_judges(directory):
+    oracle, notes = oracles.choose(directory("save_minimax", rotary_dim=8))
+    assert oracle.name.startswith("PyTorch float32 reference")
+    assert "rotates 16 of 16 dims of a head; config.json says 8" in notes[0]
 
 
 def test_bad_input_is_an_error_before_any_work(directory, tmp_path):

@@ -10,47 +10,23 @@ import numpy as np
 import pytest
 
 from hybrid_jax.inference import decode_step, prefill_chunk
-from hybrid_jax.parity import oracles
 from hybrid_jax.parity.measure import difference, gradient_differences
 
 LOGITS, GRADIENTS = 1e-4, 1e-3
 
-MINIMAX = ("save_minimax", {"pattern": "lllsls"})
+# Two runs, repeated: the least that takes both scans of the stack. Compiling is what costs here.
+MINIMAX = ("save_minimax", {"pattern": "llslls"})
 MINIMAX_M2 = ("save_minimax_m2", {})
 # Rotary over half the head, a shared expert, and the released names: only the reference knows it.
-ORIGINAL = ("save_original", {"pattern": "llsl", "shared": 24})
+ORIGINAL = ("save_original", {"pattern": "lsls", "shared": 24})
 FAMILY = pytest.mark.parametrize(
     ("writer", "fields"), [MINIMAX, MINIMAX_M2, ORIGINAL], ids=["minimax", "minimax_m2", "original"]
 )
 
 
-@pytest.mark.parametrize(
-    ("writer", "fields", "judge"),
-    [
-        (*MINIMAX, "transformers"),
-        (*MINIMAX_M2, "transformers"),
-        (*ORIGINAL, "PyTorch"),
-        # The pattern of Text-01 in small, a run of one and a repeat.
-        ("save_minimax", {"pattern": "lllslllslllslsls"[:12]}, "transformers"),
-        ("save_minimax", {"num_attention_heads": 3, "num_key_value_heads": 1}, "transformers"),
-        ("save_minimax", {"num_attention_heads": 6, "tie_word_embeddings": True}, "transformers"),
-        ("save_original", {"postnorm": False}, "PyTorch"),
-        ("save_original", {"pattern": "l"}, "PyTorch"),
-    ],
-    ids=[
-        "minimax",
-        "minimax_m2",
-        "original",
-        "12 layers",
-        "3 heads",
-        "6 heads",
-        "pre-norm",
-        "1 layer",
-    ],
-)
-def test_layers_and_logits_equal_pytorch(sides, tokens_BT, writer, fields, judge):
+@FAMILY
+def test_layers_and_logits_equal_pytorch(sides, tokens_BT, writer, fields):
     ours, oracle = sides(writer, **fields)
-    assert oracle.name.startswith(judge)
     our_logits, our_layers = ours.trace(tokens_BT)
     logits, layers = oracle.trace(tokens_BT)
     assert our_logits.dtype == np.float32
@@ -60,11 +36,35 @@ def test_layers_and_logits_equal_pytorch(sides, tokens_BT, writer, fields, judge
         assert difference(ours_BTD, theirs_BTD).max_rel < LOGITS
 
 
+@pytest.mark.parametrize(
+    ("writer", "fields", "judge"),
+    [
+        ("save_minimax", {"pattern": "llls" * 3}, "transformers"),
+        # No repeat, lightning last: its layer factor is the 1e-5 that transformers gets wrong.
+        ("save_minimax", {"pattern": "slsl"}, "transformers"),
+        ("save_minimax", {"num_attention_heads": 3, "num_key_value_heads": 1}, "transformers"),
+        ("save_minimax", {"num_attention_heads": 6, "tie_word_embeddings": True}, "transformers"),
+        # transformers reads the field and rotates the whole head all the same.
+        ("save_minimax", {"rotary_dim": 8}, "PyTorch"),
+        ("save_original", {"postnorm": False}, "PyTorch"),
+        ("save_original", {"pattern": "l"}, "PyTorch"),
+    ],
+    ids=[
+        "12 layers", "irregular", "3 heads", "6 heads, tied", "half rotary", "pre-norm", "1 layer",
+    ],
+)  # fmt: skip
+def test_variants_equal_pytorch(sides, tokens_BT, writer, fields, judge):
+    ours, oracle = sides(writer, **fields)
+    assert oracle.name.startswith(judge)
+    found = difference(ours.logits(tokens_BT), oracle.trace(tokens_BT)[0])
+    assert found.max_rel < LOGITS
+
+
 @FAMILY
 def test_one_token_equals_pytorch(sides, writer, fields):
     ours, oracle = sides(writer, **fields)
     token_BT = np.array([[5], [96]])
-    assert difference(ours.trace(token_BT)[0], oracle.trace(token_BT)[0]).max_rel < LOGITS
+    assert difference(ours.logits(token_BT), oracle.trace(token_BT)[0]).max_rel < LOGITS
 
 
 @FAMILY
@@ -92,7 +92,7 @@ def test_prefill_in_chunks_and_decode_equal_the_whole(sides, tokens_BT, writer, 
     model, rows = ours.model, np.arange(2)
     chunk = jax.jit(prefill_chunk)
     step = jax.jit(decode_step)
-    whole = oracle.trace(tokens_BT[:, :40])[0]
+    whole = oracle.trace(tokens_BT)[0]
     state, done_B = model.initial_state(2, 64), np.zeros(2, int)
     for lengths_B in ([8, 8], [8, 5], [3, 8], [0, 2]):
         part_BT = np.stack([tokens_BT[row, done : done + 8] for row, done in enumerate(done_B)])
@@ -113,8 +113,7 @@ def test_prefill_in_chunks_and_decode_equal_the_whole(sides, tokens_BT, writer, 
 def test_packed_and_padded_rows_equal_pytorch_on_each_alone(sides, tokens_BT, writer, fields):
     ours, oracle = sides(writer, **fields)
     a, b, c = tokens_BT[0, :70], tokens_BT[1, :33], tokens_BT[1, 40:81]
-    packed_BT = np.zeros((2, 120), np.int32)
-    ids_BT = np.zeros((2, 120), np.int32)
+    packed_BT, ids_BT = np.zeros((2, 120), int), np.zeros((2, 120), int)
     packed_BT[0, :103], ids_BT[0, :103] = np.concatenate([a, b]), [1] * 70 + [2] * 33
     packed_BT[1, :41], ids_BT[1, :41] = c, 1
     logits_BTW = ours.logits(packed_BT, ids_BT)
@@ -131,22 +130,13 @@ def test_packed_and_padded_rows_equal_pytorch_on_each_alone(sides, tokens_BT, wr
 def test_right_padding_equals_transformers_own_padding(sides, tokens_BT, torch, writer, fields):
     """Both libraries given the same padded batch; what padding itself gets is unspecified."""
     ours, oracle = sides(writer, **fields)
-    ids_BT = (np.arange(24)[None] < np.array([[24], [15]])).astype(np.int32)
-    tokens = torch.from_numpy(tokens_BT[:, :24])
+    tokens_BT = tokens_BT[:, :120]
+    real_BT = np.arange(120)[None] < np.array([[120], [47]])
     with torch.no_grad():
-        mask = torch.from_numpy(ids_BT).long()
-        theirs = oracle.model(tokens, attention_mask=mask, use_cache=False).logits.numpy()
-    found = ours.logits(tokens_BT[:, :24], ids_BT)
-    real_BT = ids_BT != 0
+        theirs = oracle.model(
+            torch.from_numpy(tokens_BT),
+            attention_mask=torch.from_numpy(real_BT).long(),
+            use_cache=False,
+        ).logits.numpy()
+    found = ours.logits(tokens_BT, real_BT.astype(int))
     assert difference(found[real_BT], theirs[real_BT]).max_rel < LOGITS
-
-
-def test_half_rotary_in_a_native_config_is_judged_by_the_reference(directory, sides):
-    """transformers reads the field and rotates the whole head all the same."""
-    fields = {"rotary_dim": 8, "pattern": "ls"}
-    oracle, notes = oracles.choose(directory("save_minimax", **fields))
-    assert oracle.name.startswith("PyTorch float32 reference")
-    assert "rotates 16 of 16 dims of a head; config.json says 8" in notes[0]
-    ours, oracle = sides("save_minimax", **fields)
-    tokens_BT = np.arange(40)[None]
-    assert difference(ours.trace(tokens_BT)[0], oracle.trace(tokens_BT)[0]).max_rel < LOGITS

@@ -9,7 +9,7 @@ from hybrid_jax.parity.measure import difference, gradient_differences
 
 CASES = pytest.mark.parametrize(
     ("writer", "fields"),
-    [("save_minimax", {"pattern": "lllsls"}), ("save_minimax_m2", {})],
+    [("save_minimax", {"pattern": "llslls"}), ("save_minimax_m2", {})],
     ids=["minimax", "minimax_m2"],
 )
 
