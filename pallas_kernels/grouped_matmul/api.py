@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, varying
 from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
 
 
@@ -105,7 +105,7 @@ def grouped_matmul(
     group_sizes_E = group_sizes_E.astype(jnp.int32)
     if group_offset is not None:
         group_offset = group_offset.astype(jnp.int32)
-    arrays = _varying_alike(x_RD, w_EDF, group_sizes_E, group_offset)
+    arrays = varying.alike(x_RD, w_EDF, group_sizes_E, group_offset)
     if implementation is None:
         return _with_gradient(BY_PLATFORM, *arrays)
     return dispatch.call(
@@ -142,21 +142,3 @@ def _check(x, w, sizes, offset) -> None:
             f"grouped_matmul needs one group size a matrix of w, got {sizes.shape[0]} sizes and "
             f"w {w.shape}; give group_offset if w holds more matrices than this call has groups"
         )
-
-
-def _varying_alike(*arrays):
-    """Inside shard_map: mark all arrays as varying over the union of their manual mesh axes.
-
-    JAX then sums the gradient of an array over the axes it did not vary over.
-    """
-    axes = [
-        frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
-        for array in arrays
-    ]
-    union = frozenset().union(*axes)
-    return tuple(
-        lax.pcast(array, tuple(union - own), to="varying")
-        if array is not None and union - own
-        else array
-        for array, own in zip(arrays, axes, strict=True)
-    )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, varying
 from pallas_kernels.lightning_attention import reference, xla
 
 _IMPLEMENTATIONS = {
@@ -75,9 +75,10 @@ def lightning_attention(
             f"interpret={interpret!r} is for Pallas implementations; "
             f"{' and '.join(_IMPLEMENTATIONS)} have nothing to interpret: leave it False"
         )
+    arrays = varying.alike(q, k, v, log_decay, initial_state, segment_ids)
     return dispatch.call(
-        "lightning_attention", _IMPLEMENTATIONS, _AUTOMATIC_ORDER,
-        q, k, v, log_decay, initial_state, segment_ids, implementation=implementation,
+        "lightning_attention", _IMPLEMENTATIONS, _AUTOMATIC_ORDER, *arrays,
+        implementation=implementation,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def lightning_attention(
     """
     compute = initial_state_BHKV.dtype
     if segment_ids_BT is None:
-        segment_ids_BT = jnp.ones(q_BTHK.shape[:2], jnp.int32)
+        segment_ids_BT = jnp.ones_like(q_BTHK, shape=q_BTHK.shape[:2], dtype=jnp.int32)
     decay_1H11 = jnp.exp(log_decay_H)[None, :, None, None]
 
     def token(carry, inputs):
@@ -37,6 +37,6 @@ def lightning_attention(
         return (next_BHKV, jnp.where(is_real_B, id_B, current_id_B)), out_BHV
 
     inputs = tuple(jnp.moveaxis(x, 1, 0) for x in (q_BTHK, k_BTHK, v_BTHV, segment_ids_BT))
-    no_id_B = jnp.zeros(q_BTHK.shape[:1], segment_ids_BT.dtype)
+    no_id_B = jnp.zeros_like(segment_ids_BT, shape=segment_ids_BT.shape[:1])
     (final_BHKV, _), out_TBHV = jax.lax.scan(token, (initial_state_BHKV, no_id_B), inputs)
     return jnp.moveaxis(out_TBHV, 0, 1).astype(q_BTHK.dtype), final_BHKV

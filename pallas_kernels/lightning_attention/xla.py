@@ -107,7 +107,7 @@ def _forward(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments, *
         state_BHKV = decays.keep_bH11 * state_BHKV + written_BHKV
         return state_BHKV, _paste(out_BTHV, out_BHCV, index * chunk)
 
-    out_BTHV = jnp.zeros(v_BTHV.shape, q_BTHK.dtype if out_dtype is None else out_dtype)
+    out_BTHV = jnp.zeros_like(v_BTHV, dtype=q_BTHK.dtype if out_dtype is None else out_dtype)
     state_BHKV, out_BTHV = _each_chunk(q_BTHK.shape[1], chunk, body, (state_BHKV, out_BTHV))
     return out_BTHV, state_BHKV
 

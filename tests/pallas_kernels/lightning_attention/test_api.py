@@ -79,3 +79,22 @@ def test_a_decode_mistake_is_named():
         lightning_decode(q, q, jnp.ones((2, 4, 6)), _INPUTS.log_decay, state)
     with pytest.raises(ValueError, match=r"q must have shape \[B, H, K\]"):
         lightning_decode(_INPUTS.q, q, jnp.ones((2, 4, 5)), _INPUTS.log_decay, state)
+
+
+def test_inside_shard_map_replicated_decays_get_their_whole_gradient():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def attend(q, k, v, log_decay):
+        return lightning_attention(q, k, v, log_decay)[0]
+
+    sharded = jax.shard_map(
+        attend, mesh=mesh, in_specs=(split, split, split, whole), out_specs=split
+    )
+    q, k, v, log_decay = _INPUTS[:4]
+    # Checks that the loops' carries vary as their results do, which one device suffices to see.
+    ours, theirs = (
+        jax.jit(jax.grad(lambda decays, f=f: f(q, k, v, decays).sum()))(jnp.asarray(log_decay))
+        for f in (sharded, attend)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
