@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows of one matmul. Below 32 rows a CPU matmul is bound by reading the matrix, and the smallest
-# block costs as much as its first rows; when groups have few rows (decode) 4 measured best.
-BLOCKS = (512, 256, 128, 64, 32)
-FEW_ROWS_BLOCK = 4
-FEW_ROWS = 8
+# Rows of one matmul, measured on CPU: more sizes win nothing and cost compile time.
+BLOCKS = (512, 256, 64, 16)
+# With few rows a group (decode), the smallest block by the greatest mean rows a group it is for.
+SMALL_BLOCKS = ((2, 1), (8, 4))
 
 
 class _Groups(NamedTuple):
@@ -120,10 +119,11 @@ def _groups(group_sizes_E, num_rows: int) -> _Groups:
 
 
 def _block_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
-    """Block sizes from the largest down; the last is also the most rows computed in vain."""
-    last = FEW_ROWS_BLOCK if num_rows <= FEW_ROWS * num_groups else BLOCKS[-1]
-    last = min(last, num_rows)
-    return tuple(size for size in BLOCKS if last < size <= num_rows) + (last,)
+    """Block sizes from the largest down; at most the last one computes rows in vain."""
+    small = (size for mean, size in SMALL_BLOCKS if num_rows <= mean * num_groups)
+    last = min(next(small, BLOCKS[-1]), num_rows)
+    # A block of all rows would not depend on its loop, and XLA would compute it outside, always.
+    return tuple(size for size in BLOCKS if last < size < num_rows) + (last,)
 
 
 def _for_each_block(
