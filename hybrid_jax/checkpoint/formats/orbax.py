@@ -6,6 +6,7 @@ Orbax itself saves a whole tree at once and restores a flipped bit silently, hen
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import pathlib
@@ -122,6 +123,7 @@ class OrbaxDirectory:
             arrays = self._load(group, members)
             for name in members:
                 yield name, self._checked(name, arrays.pop(name))
+            _give_back_memory()
 
     def locate(self, name: str) -> str:
         """Path of the group that holds a tensor."""
@@ -177,6 +179,12 @@ def _orbax():
     from orbax.checkpoint import v1
 
     return v1
+
+
+def _give_back_memory() -> None:
+    """glibc keeps what TensorStore's threads freed: 240 MB after 3.4 GB, 45 MB with this."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
