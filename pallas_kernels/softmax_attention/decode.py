@@ -1,63 +1,55 @@
-"""One query a row against its cache: the cache is read once, as far as it is filled.
+"""One query a row against its cache: the cache is read once, where possible as far as it is filled.
 
 A batched product over key-value heads would copy the cache to bring the heads before the keys. Here
 all heads of a key are one vector [G*K], and each query is zero outside its own head's part: G times
 the arithmetic of a product that waits for memory, and no copy.
+
+Local letters beside the house alphabet: X = G*K, Y = G*V, J = keys of a block.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Bytes of cache read a step of the loop: large enough to hide a step's cost, small enough to stop
-# soon after the filled part and to keep the copy of the block in cache.
+# Bytes of cache to a step of the loop: enough to hide a step's cost, few enough to stop soon after
+# the filled part and to keep the copy of a block in the processor's cache.
 BLOCK_BYTES = 2**21
 NOTHING_SEEN = 1e30
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys: sum of weighted values, top score, sum of weights."""
+
+    out_BHY: jax.Array
+    top_BH1: jax.Array
+    total_BH1: jax.Array
 
 
 def forward(q_B1HK, k_BSGK, v_BSGV, q_segment_B1, kv_segment_BS, offset_B):
     """Output in q's dtype and logsumexp [B, 1, H]; arguments as in xla.softmax_attention."""
     B, _, H, K = q_B1HK.shape
     _, S, G, V = v_BSGV.shape
-    spread_BHX = _spread(q_B1HK[:, 0].astype(jnp.float32) * K**-0.5, G)
-    k_BSX, v_BSY = k_BSGK.reshape(B, S, G * K), v_BSGV.reshape(B, S, G * V)
-    J = block_size(S, B * G * (K + V) * 4)
+    index_1S = jnp.arange(S, dtype=jnp.int32)[None]
+    visible_BS = index_1S <= offset_B[:, None]
     if q_segment_B1 is not None:
-        offset_B = jnp.where(q_segment_B1[:, 0] == 0, -1, offset_B)
+        visible_BS &= kv_segment_BS == q_segment_B1.astype(kv_segment_BS.dtype)
+        visible_BS &= q_segment_B1 != 0
+    spread_BXH = _spread(q_B1HK[:, 0].astype(jnp.float32) * K**-0.5, G).swapaxes(1, 2)
+    cache = k_BSGK.reshape(B, S, G * K), v_BSGV.reshape(B, S, G * V), visible_BS
 
-    def one_block(tile_idx, carry):
-        out_BHY, top_BH1, total_BH1 = carry
-        first = tile_idx * J
-        start = jnp.minimum(first, S - J)
-
-        def fetch(x_BSX):
-            return lax.dynamic_slice_in_dim(x_BSX, start, J, axis=1)
-
-        index_1J = start + jnp.arange(J, dtype=jnp.int32)[None]
-        visible_BJ = (index_1J >= first) & (index_1J <= offset_B[:, None])
-        if kv_segment_BS is not None:
-            visible_BJ &= fetch(kv_segment_BS) == q_segment_B1.astype(kv_segment_BS.dtype)
-        score_BHJ = jnp.einsum("bhx,bjx->bhj", spread_BHX, fetch(k_BSX).astype(jnp.float32))
-        score_BHJ = jnp.where(visible_BJ[:, None], score_BHJ, -jnp.inf)
-        new_BH1 = jnp.maximum(top_BH1, score_BHJ.max(-1, keepdims=True))
-        weight_BHJ = jnp.exp(score_BHJ - new_BH1)
-        decay_BH1 = jnp.exp(top_BH1 - new_BH1)
-        out_BHY *= decay_BH1
-        out_BHY += jnp.einsum("bhj,bjy->bhy", weight_BHJ, fetch(v_BSY).astype(jnp.float32))
-        return out_BHY, new_BH1, total_BH1 * decay_BH1 + weight_BHJ.sum(-1, keepdims=True)
-
-    carry = (
-        jnp.zeros((B, H, G * V), jnp.float32),
-        jnp.full((B, H, 1), -NOTHING_SEEN, jnp.float32),
-        jnp.zeros((B, H, 1), jnp.float32),
-    )
-    if J == S:
-        carry = one_block(0, carry)
+    J = block_size(S, B * G * (K + V) * k_BSGK.dtype.itemsize)
+    whole = functools.partial(_attend, spread_BXH)
+    if 2 * J >= S:
+        out_BHY, top_BH1, total_BH1 = whole(*cache)
     else:
-        end = jnp.minimum(jnp.max(offset_B) // J + 1, -(-S // J))
-        carry = lax.fori_loop(0, end, one_block, carry)
-    out_BHY, top_BH1, total_BH1 = carry
+        # XLA copies a block before it multiplies; over a full cache that costs more than it saves.
+        filled = jnp.clip(jnp.max(offset_B) + 1, 0, S)
+        blocks = functools.partial(_attend_filled, spread_BXH, filled, J)
+        out_BHY, top_BH1, total_BH1 = lax.cond(2 * filled > S, whole, blocks, *cache)
     seen_BH1 = total_BH1 > 0
     total_BH1 = jnp.where(seen_BH1, total_BH1, 1.0)
     logsumexp_BH1 = jnp.where(seen_BH1, top_BH1 + jnp.log(total_BH1), NOTHING_SEEN)
@@ -65,14 +57,52 @@ def forward(q_B1HK, k_BSGK, v_BSGV, q_segment_B1, kv_segment_BS, offset_B):
     return out_BHV[:, None].astype(q_B1HK.dtype), logsumexp_BH1.swapaxes(1, 2)
 
 
+def _attend(spread_BXH, k_BJX, v_BJY, visible_BJ) -> Partial:
+    """All the given keys at once."""
+    # Keys as rows of the product: with the few queries as rows it takes a third longer.
+    score_BJH = jnp.einsum("bxh,bjx->bjh", spread_BXH, k_BJX.astype(jnp.float32))
+    score_BHJ = jnp.where(visible_BJ[:, None], score_BJH.swapaxes(1, 2), -jnp.inf)
+    top_BH1 = jnp.max(score_BHJ, axis=-1, keepdims=True, initial=-NOTHING_SEEN)
+    weight_BHJ = jnp.exp(score_BHJ - top_BH1)
+    out_BHY = jnp.einsum("bhj,bjy->bhy", weight_BHJ, v_BJY.astype(jnp.float32))
+    return Partial(out_BHY, top_BH1, weight_BHJ.sum(-1, keepdims=True))
+
+
+def _attend_filled(spread_BXH, filled, size: int, k_BSX, v_BSY, visible_BS) -> Partial:
+    """The first `filled` keys, `size` at a time; both at most S/2, so that every block fits."""
+    B, _, Y = v_BSY.shape
+    H = spread_BXH.shape[2]
+
+    def one_block(block_idx, seen: Partial):
+        block = (
+            lax.dynamic_slice_in_dim(x, block_idx * size, size, axis=1)
+            for x in (k_BSX, v_BSY, visible_BS)
+        )
+        return _merge(seen, _attend(spread_BXH, *block))
+
+    nothing = Partial(
+        jnp.zeros((B, H, Y), jnp.float32),
+        jnp.full((B, H, 1), -NOTHING_SEEN, jnp.float32),
+        jnp.zeros((B, H, 1), jnp.float32),
+    )
+    return lax.fori_loop(0, (filled + size - 1) // size, one_block, nothing)
+
+
+def _merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the keys of both."""
+    top_BH1 = jnp.maximum(a.top_BH1, b.top_BH1)
+    a_BH1, b_BH1 = jnp.exp(a.top_BH1 - top_BH1), jnp.exp(b.top_BH1 - top_BH1)
+    out_BHY = a.out_BHY * a_BH1 + b.out_BHY * b_BH1
+    return Partial(out_BHY, top_BH1, a.total_BH1 * a_BH1 + b.total_BH1 * b_BH1)
+
+
 def block_size(length: int, bytes_per_key: int) -> int:
-    """Keys of a block: BLOCK_BYTES of cache, a power of two of at least 256, or all of them."""
-    size = 2 ** round(math.log2(max(BLOCK_BYTES / bytes_per_key, 256)))
-    return min(size, length)
+    """Keys of a block: about BLOCK_BYTES, a power of two of at least 256, or all of them."""
+    return min(2 ** round(math.log2(max(BLOCK_BYTES / bytes_per_key, 256))), length)
 
 
 def _spread(q_BHK, num_kv_heads: int):
-    """[B, H, G*K]: each query in the part of its key-value head, zeros elsewhere."""
+    """[B, H, X]: each query in the part of its key-value head, zeros elsewhere."""
     B, H, K = q_BHK.shape
     G = num_kv_heads
     own_GG = jnp.eye(G, dtype=q_BHK.dtype)
@@ -81,7 +111,7 @@ def _spread(q_BHK, num_kv_heads: int):
 
 
 def _own_part(out_BHY, num_kv_heads: int):
-    """[B, H, V]: of the results with every head's values, those with the query's own."""
+    """[B, H, V]: of each query's sums over every head's values, those of its own head."""
     B, H, Y = out_BHY.shape
     G = num_kv_heads
     out_BGRGV = out_BHY.reshape(B, G, H // G, G, Y // G)

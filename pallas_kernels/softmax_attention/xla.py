@@ -30,9 +30,14 @@ def softmax_attention(
 
 
 def tile_size(batch: int, heads: int, length: int) -> int:
-    """Tokens of a tile: tiles of about a million scores over all rows and heads, see decisions."""
+    """Tokens of a tile, from 128 to 512; measured on a 2-core CPU.
+
+    Two million scores at most over all rows and heads, which the last-level cache holds; 512 only
+    where the half-empty tiles on the diagonal are few.
+    """
+    largest = 512 if length >= 2048 else 256
     size = 128
-    while size < 512 and batch * heads * (2 * size) ** 2 <= 2**21:
+    while size < largest and batch * heads * (2 * size) ** 2 <= 2**21:
         size *= 2
     return min(size, length)
 
