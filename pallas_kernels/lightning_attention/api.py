@@ -65,11 +65,7 @@ def lightning_attention(
     else:
         initial_state = _check_state("initial_state", initial_state, state_shape, compute)
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        _check_shape("segment_ids", segment_ids, (batch, length))
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(f"segment_ids must be integers (int32), got {segment_ids.dtype}")
-        segment_ids = segment_ids.astype(jnp.int32)
+        segment_ids = _check_segment_ids(segment_ids, (batch, length))
     if interpret:
         raise ValueError(
             f"interpret={interpret!r} is for Pallas implementations; "
@@ -131,6 +127,14 @@ def _check_state(name, state, shape, dtype) -> jax.Array:
     if not jnp.issubdtype(state.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating, got {state.dtype}")
     return state.astype(dtype)
+
+
+def _check_segment_ids(segment_ids, shape):
+    segment_ids = jnp.asarray(segment_ids)
+    _check_shape("segment_ids", segment_ids, shape)
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids must be integers (int32), got {segment_ids.dtype}")
+    return segment_ids.astype(jnp.int32)
 
 
 def _check_log_decay(log_decay, heads: int, dtype) -> jax.Array:
