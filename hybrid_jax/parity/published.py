@@ -46,9 +46,13 @@ class Spec:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; `ValueError` names the file if it holds anything else."""
+    """The object in a JSON file; `ValueError` names the file if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing; only Hugging Face directories are compared."
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise ValueError(f"{path} is not JSON: {problem}.") from None
     if not isinstance(value, dict):

@@ -8,6 +8,9 @@ from hybrid_jax.parity.measure import Difference
 LOGITS_TOLERANCE = 1e-4
 GRADIENTS_TOLERANCE = 1e-3
 
+# The longest published name: an expert's matrix in a layer past the ninth.
+NAME_WIDTH = 58
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Greedy:
@@ -92,7 +95,7 @@ class Report:
             f"{self.directory} against {self.reference}, float32, {rows} x {tokens} random tokens",
             *(f"note: {note}" for note in self.notes),
             "",
-            f"{'':32}{'max rel':>10}{'mean rel':>10}{'1 - cosine':>12}",
+            f"{'':{NAME_WIDTH}}{'max rel':>10}{'mean rel':>10}{'1 - cosine':>12}",
             *(_row(name, difference) for name, difference in self.layers),
             _row("logits", self.logits) + f"   top-1 agreement {self.top1:.2%}",
             "",
@@ -125,6 +128,6 @@ class Report:
 
 def _row(name: str, difference: Difference) -> str:
     return (
-        f"{name:<32}{difference.max_rel:>10.1e}{difference.mean_rel:>10.1e}"
+        f"{name:<{NAME_WIDTH}}{difference.max_rel:>10.1e}{difference.mean_rel:>10.1e}"
         f"{1 - difference.cosine:>12.1e}"
     )

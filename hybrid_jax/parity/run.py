@@ -28,6 +28,7 @@ def compare(
         ("tokens", tokens, 2),
         ("rows", rows, 1),
         ("new_tokens", new_tokens, 1),
+        ("seed", seed, 0),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}.")

@@ -59,6 +59,8 @@ def test_bad_input_is_an_error_before_any_work(directory, tmp_path):
     path = directory("save_original", pattern="ls")
     with pytest.raises(ValueError, match="no directory"):
         parity.run(parity.Args(path=path, json=tmp_path / "absent" / "out.json"))
+    with pytest.raises(ValueError, match="cannot be written as a file"):
+        parity.run(parity.Args(path=path, json=tmp_path))
     with pytest.raises(ValueError, match="tokens must be at least 2; got 1"):
         parity.run(parity.Args(path=path, tokens=1))
     with pytest.raises((ValueError, OSError), match="nowhere"):
