@@ -1,20 +1,20 @@
 """The dense SwiGLU feed-forward."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
+from hybrid_jax.model.linear import project
 from hybrid_jax.model.params import Initialiser
 from sharding import Logical
 
 
 def swiglu(x_BTD, gate_up_D2F, down_FD):
-    """down(silu(gate(x)) * up(x)), gate and up as one product."""
-    hidden_BT2F = jnp.einsum("btd,dcf->btcf", x_BTD, gate_up_D2F.astype(x_BTD.dtype))
-    hidden_BTF = jax.nn.silu(hidden_BT2F[..., 0, :]) * hidden_BT2F[..., 1, :]
-    return jnp.einsum("btf,fd->btd", hidden_BTF, down_FD.astype(x_BTD.dtype))
+    """down(silu(gate(x)) * up(x))."""
+    gate_up_D2F = gate_up_D2F.astype(x_BTD.dtype)
+    gate_BTF, up_BTF = (project(x_BTD, gate_up_D2F[:, part]) for part in range(2))
+    return project(jax.nn.silu(gate_BTF) * up_BTF, down_FD.astype(x_BTD.dtype))
 
 
 class DenseSwiGlu(nnx.Module):

@@ -8,6 +8,7 @@ from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.ffn import router
 from hybrid_jax.model.ffn.dense import swiglu
+from hybrid_jax.model.linear import project
 from hybrid_jax.model.params import Initialiser
 from pallas_kernels import grouped_matmul
 from sharding import Logical
@@ -124,7 +125,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x_BTD, context: Context):
         B, T, D = x_BTD.shape
         x_RD = x_BTD.reshape(B * T, D)
-        logits_RE = x_RD.astype(jnp.float32) @ self.router[...]
+        logits_RE = project(x_RD.astype(jnp.float32), self.router[...])
         choice = self._choose(logits_RE)
         out_RD = expert_mixture(
             x_RD,

@@ -8,6 +8,7 @@ from flax import nnx
 
 from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
+from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
 from hybrid_jax.model.params import Initialiser
 from hybrid_jax.model.rotary import rotate
@@ -51,9 +52,9 @@ class SoftmaxMixer(nnx.Module):
     def __call__(self, x_BTD, context: Context, layer_data, state: KeyValues | None):
         del layer_data
         dtype = x_BTD.dtype
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.q[...].astype(dtype))
-        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.k[...].astype(dtype))
-        v_BTGV = jnp.einsum("btd,dgv->btgv", x_BTD, self.v[...].astype(dtype))
+        q_BTHK = project(x_BTD, self.q[...].astype(dtype))
+        k_BTGK = project(x_BTD, self.k[...].astype(dtype))
+        v_BTGV = project(x_BTD, self.v[...].astype(dtype))
         if self.spec.qk_norm:
             # Over the whole projection, before the heads are split and rotated (M2).
             q_BTHK = rms_norm(q_BTHK, self.q_norm[...], self.norm_eps, num_dims=2)
@@ -72,7 +73,7 @@ class SoftmaxMixer(nnx.Module):
             out_BTHV = softmax_attention(
                 q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=context.lengths_B
             )
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.out[...].astype(dtype)), state
+        return project(out_BTHV, self.out[...].astype(dtype), 2), state
 
     @staticmethod
     def layer_data(spec: layers.SoftmaxAttention, layer_idx: int, num_layers: int):

@@ -1,0 +1,32 @@
+"""The product of activations with a weight, with a gradient whose operands stay as they lie."""
+
+import functools
+
+import jax
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x, w, num_in: int = 1):
+    """x [..., in dims] times w [in dims, out dims]: [..., out dims], contracted over `num_in` dims.
+
+    The gradient of w is written as x^T dy. JAX derives (dy^T x)^T, which on a CPU runs at half the
+    speed (measured with 4096 tokens, 256 to 768 dims, float32: 92 against 182 GFLOP/s).
+    """
+    contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+    return jax.lax.dot_general(x, w, (contracted, ((), ())))
+
+
+def _forward(x, w, num_in):
+    return project(x, w, num_in), (x, w)
+
+
+def _backward(num_in, residuals, dy):
+    x, w = residuals
+    lead = tuple(range(x.ndim - num_in))
+    out_of_dy, out_of_w = tuple(range(len(lead), dy.ndim)), tuple(range(num_in, w.ndim))
+    dx = jax.lax.dot_general(dy, w, ((out_of_dy, out_of_w), ((), ())))
+    dw = jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
+    return dx, dw
+
+
+project.defvjp(_forward, _backward)
