@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.jit
 def lightning_attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
