@@ -15,7 +15,7 @@ class Batches(collections.abc.Iterator):
     (windows, batch_size, seed, k) alone; host h of n takes its rows h, h + n, ..., so the same
     position continues the same data on another number of hosts.
 
-    No worker threads: a window costs microseconds, and the loop fetches the next batch while the
+    No worker threads: a batch costs milliseconds, and the loop fetches the next one while the
     device is busy. Grain's threads hang on an exception (grain issue 1196).
     """
 
