@@ -9,7 +9,7 @@ from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, leaves
 from hybrid_jax.checkpoint import convert as conversion
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
 from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
-from hybrid_jax.checkpoint.formats.protocol import TAGS, TensorInfo
+from hybrid_jax.checkpoint.formats.protocol import TAGS, Sink, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
@@ -67,9 +67,10 @@ def save(
     """
     config, arrays = model.config, leaves.arrays(model)
     conversion.check_format(format)
+    values: dict = {}
     if format == "orbax":
         rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})
-        tables, values = {}, None
+        tables = {}
     else:
         values = hf_config.write(config, format, config.dtypes.parameters)
         rules = minimax.rules(config)
@@ -81,6 +82,7 @@ def save(
     with atomic.new_directory(path, overwrite=overwrite) as draft:
         if sidecars is not None:
             sidecars_lib.copy(sidecars_lib.find(sidecars), draft)
+        sink: Sink
         if format == "orbax":
             text.write_yaml(config, draft / CONFIG_YAML)
             sink = OrbaxSink(draft, infos, vocabulary="tree")

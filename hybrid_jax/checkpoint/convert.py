@@ -13,6 +13,7 @@ import typing
 from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, sidecars
 from hybrid_jax.checkpoint import plan as plans
 from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
+from hybrid_jax.checkpoint.formats.protocol import Sink
 from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsSink
 from hybrid_jax.checkpoint.opened import Checkpoint, open_checkpoint
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
@@ -72,6 +73,7 @@ def convert(
             write_config(draft, checkpoint, format, dtype, plan)
             sidecars.copy(sidecars.find(src), draft)
             infos = plan.infos
+            sink: Sink
             if format == "orbax":
                 sink = OrbaxSink(draft, infos, vocabulary=plan.vocabulary)
             else:
@@ -119,7 +121,7 @@ def write_config(
         text.write_yaml(config, directory / CONFIG_YAML)
         return
     described = checkpoint.description
-    if format == "orbax":
+    if format == "orbax" and described is not None:
         values = described.json
     else:
         stored = checkpoint.source.tensors[next(iter(checkpoint.rules))].dtype

@@ -5,7 +5,7 @@ import numpy as np
 from hybrid_jax.checkpoint.formats import protocol
 
 # dtype tag -> (integer view, mask of the bits that are all set in a value that is not finite).
-_EXPONENTS = {
+_EXPONENTS: dict[str, tuple[type, int]] = {
     "F64": (np.uint64, 0x7FF0000000000000),
     "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00),
@@ -22,8 +22,9 @@ def count_nonfinite(array: np.ndarray) -> int:
     tag = protocol.TAGS.get(array.dtype)
     if tag not in _EXPONENTS:
         return 0
-    view, mask = _EXPONENTS[tag]
-    bits, mask = np.ascontiguousarray(array).reshape(-1).view(view), view(mask)
+    view, ones = _EXPONENTS[tag]
+    mask = view(ones)
+    bits: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(view)
     pieces = (bits[i : i + _PIECE] for i in range(0, bits.size, _PIECE))
     return sum(int(np.count_nonzero((piece & mask) == mask)) for piece in pieces)
 

@@ -53,7 +53,7 @@ class Checkpoint:
         derived = set(self.derived)
         for name, array in self.source.read_many(names):
             self._check(name, array, check_finite and name not in derived)
-            if dequantize and name in self.scales:
+            if dequantize and name in self.scales and self.block is not None:
                 array = fp8.dequantize(array, scales[self.scales[name]], self.block)
             yield name, array
 
@@ -73,8 +73,9 @@ def open_checkpoint(path):
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; expected a checkpoint directory.")
     if orbax.is_orbax(path):
-        source = orbax.OrbaxDirectory(path)
-        understand = {"published": _published, "tree": _own}[source.vocabulary]
+        directory = orbax.OrbaxDirectory(path)
+        source: protocol.Source = directory
+        understand = {"published": _published, "tree": _own}[directory.vocabulary]
     elif training_run.is_training_run(path):
         source, understand = training_run.TrainingRun(path), _run
     elif (path / CONFIG_JSON).is_file() or list(path.glob("*.safetensors*")):

@@ -23,7 +23,7 @@ class Output:
 
     def make(self, array: np.ndarray, stored_rule: Rule | None) -> np.ndarray:
         """The tensor out of the stored array."""
-        if self.rule is not None:
+        if self.rule is not None and stored_rule is not None:
             block = stored_rule.cut(stored_rule.to_block(array), self.rule)
             array = self.rule.from_block(block)
         return array.astype(DTYPES[self.info.dtype], copy=False)
@@ -51,7 +51,7 @@ class Plan:
 
 def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
     """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored."""
-    published = checkpoint.description is not None
+    described = checkpoint.description
     dropped = list(checkpoint.scales.values()) if dtype else []
     if format == "hf-original":
         dropped += [name for name in checkpoint.derived if minimax.is_decay_buffer(name)]
@@ -65,10 +65,10 @@ def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
     if any(name not in targets for name in checkpoint.rules):
         outputs = _recut(checkpoint, copies, targets, dtype)
     if format == "orbax":
-        return Plan(outputs, {}, dropped, "published" if published else "tree")
+        return Plan(outputs, {}, dropped, "tree" if described is None else "published")
     tables = {}
     if format == "hf":
-        block_size = checkpoint.description.block_size if published else BLOCK_SIZE
+        block_size = described.block_size if described is not None else BLOCK_SIZE
         tables = decay_tables.infos(checkpoint.config, block_size)
         tables = {name: table for name, table in tables.items() if name not in checkpoint.derived}
     return Plan(outputs, tables, dropped, "published")

@@ -67,6 +67,13 @@ def test_the_native_dialect_rotates_the_whole_head_unless_the_file_says_less():
         assert (mixer.rotary_dim, mixer.rope_theta) == (rotary_dim, 10000.0), changes
 
 
+def test_leftovers_of_a_converted_config_must_agree():
+    leftovers = {"attn_type_list": [0, 0, 1], "shared_intermediate_size": [0]}
+    assert read(native_config(**leftovers)) == read(native_config())
+    with pytest.raises(ValueError, match="'attn_type_list' must be absent or the same"):
+        read(native_config(attn_type_list=[1, 0, 0]))
+
+
 def test_m2_is_read_in_both_spellings():
     released = read(m2_config())
     spelled = {"rope_theta": 5000000.0, "rope_type": "default", "partial_rotary_factor": 4 / 6}

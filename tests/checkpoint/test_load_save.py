@@ -100,6 +100,17 @@ def test_routers_stay_float32_and_everything_else_takes_the_dtype(tmp_path):
         hybrid_jax.load(directory, dtype="float16")
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    config = original_config()
+    tensors = published.tensors(config, ml_dtypes.bfloat16)
+    tensors["lm_head.weight"][3, 2] = np.nan
+    directory = published.write_directory(tmp_path / "src", config, tensors)
+    with pytest.raises(ValueError, match=r"model.safetensors: tensor 'lm_head.weight' holds 1 val"):
+        hybrid_jax.load(directory)
+    head = hybrid_jax.load(directory, check_finite=False).head.kernel[...]
+    assert np.isnan(head[2, 3]) and np.isnan(head).sum() == 1
+
+
 def test_fp8_is_dequantised_by_the_formula(tmp_path):
     config = m2_config(quantization_config=FP8_CONFIG)
     tensors = published.quantised(published.tensors(config))

@@ -204,7 +204,7 @@ def _group_path(directory: pathlib.Path, group: int) -> pathlib.Path:
 
 
 def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_index(path: pathlib.Path) -> dict:

@@ -57,6 +57,9 @@ class Source(typing.Protocol):
     def locate(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
 
+    def close(self) -> None:
+        """Release all files."""
+
 
 class Sink(typing.Protocol):
     """A checkpoint directory being written; every planned tensor must come exactly once."""
@@ -66,6 +69,9 @@ class Sink(typing.Protocol):
 
     def close(self) -> None:
         """Finish all files and force them to the medium. ValueError if a tensor never came."""
+
+    def abort(self) -> None:
+        """Give up: release what is open. The caller removes the directory."""
 
 
 def check_planned(info: TensorInfo, array: np.ndarray) -> None:

@@ -36,7 +36,7 @@ class SafetensorsFile:
         buffer = np.empty(info.nbytes, np.uint8)
         done = 0
         while done < info.nbytes:
-            target = memoryview(buffer)[done : done + _READ_BYTES]
+            target = buffer.data[done : done + _READ_BYTES]
             got = os.preadv(self._file.fileno(), [target], self._begins[name] + done)
             if not got:
                 raise ValueError(

@@ -39,7 +39,7 @@ class SafetensorsSink:
             self._begin(shard)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         path = self._directory / self._names[shard]
-        _write_at(path, self._open[shard], memoryview(data), self._places.pop(name))
+        _write_at(path, self._open[shard], data.data, self._places.pop(name))
         self._left[shard] -= 1
         if not self._left[shard]:
             fd = self._open.pop(shard)
@@ -74,7 +74,8 @@ class SafetensorsSink:
     def _begin(self, shard: int) -> None:
         # Wide types first keeps every tensor aligned to its own size, which readers rely on.
         infos = sorted(self._shards[shard], key=lambda i: -protocol.DTYPES[i.dtype].itemsize)
-        header, place = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        place = 0
         for info in infos:
             end = place + info.nbytes
             header[info.name] = {

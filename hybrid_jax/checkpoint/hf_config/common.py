@@ -90,9 +90,18 @@ class Parts:
     softmax_residual: layers.Residual | None
 
     @property
-    def source(self) -> str:
-        """Where the residual is taken, the same in all layers."""
-        return (self.softmax_residual or self.lightning_residual).source
+    def attention(self) -> layers.SoftmaxAttention | layers.LightningAttention:
+        """A mixer with the head count and size that all layers share."""
+        mixer = self.softmax or self.lightning
+        assert mixer is not None, "a model has at least one layer"
+        return mixer
+
+    @property
+    def residual(self) -> layers.Residual:
+        """A residual with the source and the feed-forward factors that all layers share."""
+        residual = self.softmax_residual or self.lightning_residual
+        assert residual is not None, "a model has at least one layer"
+        return residual
 
 
 def parts(config: model.ModelConfig) -> Parts:
@@ -107,10 +116,10 @@ def parts(config: model.ModelConfig) -> Parts:
             )
         return values.pop() if values else None
 
-    kinds = {layers.LightningAttention: [], layers.SoftmaxAttention: []}
-    for layer in config.layers:
-        kinds[type(layer.mixer)].append(layer)
-    lightning, softmax = kinds.values()
+    lightning, softmax = (
+        [layer for layer in config.layers if isinstance(layer.mixer, kind)]
+        for kind in (layers.LightningAttention, layers.SoftmaxAttention)
+    )
     found = Parts(
         lightning=one("lightning attention", (layer.mixer for layer in lightning)),
         softmax=one("softmax attention", (layer.mixer for layer in softmax)),
@@ -149,7 +158,7 @@ def _check_published(config: model.ModelConfig, found: Parts) -> None:
 
 def write_shared(config: model.ModelConfig, found: Parts) -> dict:
     """The fields that all dialects spell the same."""
-    attention = found.softmax or found.lightning
+    attention = found.attention
     return {
         "head_dim": attention.head_dim,
         "hidden_act": "silu",
@@ -173,7 +182,7 @@ def factors(found: Parts) -> dict[str, float]:
     """The six residual factors; 1 where no layer has the kind."""
     full = found.softmax_residual or layers.Residual(source="input")
     linear = found.lightning_residual or layers.Residual(source="input")
-    ffn = found.softmax_residual or found.lightning_residual
+    ffn = found.residual
     return {
         "full_alpha": full.mixer_alpha,
         "full_beta": full.mixer_beta,
@@ -187,5 +196,5 @@ def factors(found: Parts) -> dict[str, float]:
 def rope_of(found: Parts) -> tuple[float, int]:
     """(theta, rotated dims) of the softmax layers; the released base if there is none."""
     if found.softmax is None:
-        return 1e7, found.lightning.head_dim
+        return 1e7, found.attention.head_dim
     return found.softmax.rope_theta, found.softmax.rotary_dim

@@ -40,17 +40,14 @@ def write(config: model.ModelConfig, *, native: bool) -> dict:
     ValueError if the model is not of this family.
     """
     found = common.parts(config)
-    plain = layers.Residual(source="input")
-    if (
-        found.lightning is not None
-        or found.softmax_residual != plain
-        or found.ffn.shared is not None
-    ):
+    softmax, plain = found.softmax, layers.Residual(source="input")
+    is_m2 = found.lightning is None and found.residual == plain and found.ffn.shared is None
+    if softmax is None or not is_m2:
         raise ValueError(
             "M2's config.json describes softmax layers with plain residuals and no shared expert; "
             "this model is another. Save as orbax instead."
         )
-    if native and not found.softmax.qk_norm:
+    if native and not softmax.qk_norm:
         raise ValueError(
             "transformers' `minimax_m2` always has query-key norms; this model has none. Save as "
             "hf-original or orbax instead."
@@ -63,7 +60,7 @@ def write(config: model.ModelConfig, *, native: bool) -> dict:
     } | common.write_shared(config, found)
     if native:
         rope_parameters = {"rope_theta": theta, "rope_type": "default"}
-        factor = rotary_dim / found.softmax.head_dim
+        factor = rotary_dim / softmax.head_dim
         return result | {"rope_parameters": rope_parameters | {"partial_rotary_factor": factor}}
     return result | {
         "attn_type_list": [1] * config.num_layers,
@@ -71,6 +68,6 @@ def write(config: model.ModelConfig, *, native: bool) -> dict:
         "rope_theta": theta,
         "scoring_func": "sigmoid",
         "shared_intermediate_size": 0,
-        "use_qk_norm": found.softmax.qk_norm,
+        "use_qk_norm": softmax.qk_norm,
         "use_routing_bias": True,
     }

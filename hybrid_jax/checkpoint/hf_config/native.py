@@ -19,6 +19,9 @@ def read(fields: Fields) -> model.ModelConfig:
     fields.only("postnorm", True)
     for name in ("block_size", "block"):
         fields.size(name, None)
+    # Left over where a released config was converted.
+    fields.only("shared_intermediate_size", 0, [0])
+    fields.get("shared_moe_mode")
     ffn = common.read_moe(fields, layers.SoftmaxTopK)
     kinds = {}
     for code, kind, mixer in (
@@ -33,7 +36,12 @@ def read(fields: Fields) -> model.ModelConfig:
             ffn_beta=fields.number("mlp_beta_factor"),
         )
         kinds[code] = layers.Layer(mixer=mixer, ffn=ffn, residual=residual)
-    all_layers = fields.sequence("layer_types", fields.size("num_hidden_layers"), kinds)
+    count = fields.size("num_hidden_layers")
+    all_layers = fields.sequence("layer_types", count, kinds)
+    if "attn_type_list" in fields.values:
+        codes = {0: kinds["linear_attention"], 1: kinds["full_attention"]}
+        if fields.sequence("attn_type_list", count, codes) != all_layers:
+            fields.fail("attn_type_list", "absent or the same as layer_types", "another order")
     return common.read_model(fields, all_layers)
 
 
@@ -44,7 +52,7 @@ def write(config: model.ModelConfig) -> dict:
         (not isinstance(found.ffn.router, layers.SoftmaxTopK), "sigmoid routing"),
         (found.softmax is not None and found.softmax.qk_norm, "query-key norms"),
         (found.ffn.shared is not None, "a shared expert"),
-        (found.source != "normed", "a residual that is not normalised"),
+        (found.residual.source != "normed", "a residual that is not normalised"),
     ):
         if is_wrong:
             raise ValueError(
@@ -53,7 +61,7 @@ def write(config: model.ModelConfig) -> dict:
             )
     scale = common.factors(found)
     theta, rotary_dim = common.rope_of(found)
-    head_dim = (found.softmax or found.lightning).head_dim
+    head_dim = found.attention.head_dim
     names = {
         layers.LightningAttention: "linear_attention",
         layers.SoftmaxAttention: "full_attention",

@@ -81,7 +81,7 @@ def write(config: model.ModelConfig, model_type: str) -> dict:
         "layernorm_mlp_alpha": scale["ffn_alpha"],
         "layernorm_mlp_beta": scale["ffn_beta"],
         "model_type": model_type,
-        "postnorm": found.source == "normed",
+        "postnorm": found.residual.source == "normed",
         "rope_theta": theta,
         "rotary_dim": rotary_dim,
         "shared_intermediate_size": shared.hidden_dim if shared else 0,

@@ -18,7 +18,7 @@ class Place:
 
 def places(config: model_lib.ModelConfig) -> list[Place]:
     """Every layer in order."""
-    found = []
+    found: list[Place] = []
     for repeat in range(config.repeats):
         for run_idx, run in enumerate(config.pattern):
             for position in range(run.count):
