@@ -29,6 +29,14 @@ def test_the_gradient_does_not_store_the_scores():
 _attend = jax.jit(functools.partial(softmax_attention, implementation="xla"))
 
 
+def test_a_document_that_returns_does_not_see_the_tile_between():
+    # Tiles of 128 for so many rows; each holds one document, and none is partly visible.
+    inputs = contract.make_inputs(Case(B=40, T=384, S=384, H=1, G=1, K=4, V=4), packed=False)
+    ids = np.repeat([[1, 2, 1]], 128, axis=1).repeat(40, axis=0).astype(np.int32)
+    inputs = inputs._replace(q_ids=ids, kv_ids=ids)
+    contract.assert_close(contract.run("xla", inputs), contract.run("reference", inputs))
+
+
 # NaN where no tile may look: work that is skipped cannot spread it.
 @pytest.mark.parametrize("length", [1, 16])
 def test_tiles_past_the_filled_part_of_a_cache_are_never_read(length):
