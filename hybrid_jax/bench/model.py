@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import statistics
@@ -183,6 +184,8 @@ def _report(config, measured, matmul, growth, rounds) -> dict:
         "preset": config.name,
         "rounds": rounds,
         "threads": THREADS,
+        # Both sides run under it: see hybrid_jax/cli/huge_pages.py.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 

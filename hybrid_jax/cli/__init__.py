@@ -4,6 +4,11 @@ import importlib
 import os
 import sys
 
+from hybrid_jax.cli.huge_pages import restart_with_huge_pages
+
+# Commands that compute for long.
+_HEAVY = ("train", "generate", "bench")
+
 # One module a command, imported when it is called, so that --help answers at once.
 _COMMANDS = {
     "train": "Train a preset on text; resume an interrupted run.",
@@ -17,7 +22,10 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        if argv and argv[0] in _HEAVY and "--help" not in argv:
+            restart_with_huge_pages()
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
