@@ -166,6 +166,12 @@ BAD = {
     ),
     "negative": (original_config, {"hidden_size": -12}, "'hidden_size' must be a positive"),
     "zero": (m2_config, {"num_local_experts": 0}, "'num_local_experts' must be a positive"),
+    "endless layers": (
+        m2_config,
+        {"num_hidden_layers": 10**12, "attn_type_list": ...},
+        "'num_hidden_layers' must be at most",
+    ),
+    "endless experts": (m2_config, {"num_local_experts": 10**12}, "'num_local_experts' must be at"),
     "fraction": (native_config, {"vocab_size": 32.5}, "'vocab_size' must be a positive whole"),
     "bool": (native_config, {"num_attention_heads": True}, "'num_attention_heads' must be"),
     "text": (original_config, {"rms_norm_eps": "1e-5"}, "'rms_norm_eps' must be a finite number"),

@@ -47,10 +47,15 @@ def read_attention(fields: Fields) -> Attention:
     return Attention(heads, fields.size("num_key_value_heads"), head_dim)
 
 
+def read_num_layers(fields: Fields) -> int:
+    """Layers; a bound keeps a damaged file from filling the memory with names."""
+    return fields.size("num_hidden_layers", most=10_000)
+
+
 def read_moe(fields: Fields, router) -> layers.MoeFfn:
     """The experts; `router` is the class of the router."""
     return layers.MoeFfn(
-        num_experts=fields.size("num_local_experts"),
+        num_experts=fields.size("num_local_experts", most=10_000),
         hidden_dim=fields.size("intermediate_size"),
         router=router(experts_per_token=fields.size("num_experts_per_tok")),
     )

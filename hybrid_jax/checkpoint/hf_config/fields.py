@@ -100,13 +100,15 @@ class Fields:
     where: str
     taken: set = dataclasses.field(default_factory=set)
 
-    def size(self, name: str, default=_MISSING) -> int:
-        """A positive whole number."""
+    def size(self, name: str, default=_MISSING, *, most: int = 1 << 31) -> int:
+        """A positive whole number up to `most`."""
         value = self._get(name, default)
         if value is default:
             return value
         if type(value) is not int or value <= 0:
             self.fail(name, "a positive whole number", value)
+        if value > most:
+            self.fail(name, f"at most {most}", value)
         return value
 
     def number(self, name: str, default=_MISSING) -> float:

@@ -28,7 +28,7 @@ def read(fields: Fields) -> model.ModelConfig:
         ffn=common.read_moe(fields, layers.SigmoidTopK),
         residual=layers.Residual(source="input"),
     )
-    count = fields.size("num_hidden_layers")
+    count = common.read_num_layers(fields)
     if "attn_type_list" in fields.values:
         fields.sequence("attn_type_list", count, {1: layer})
     return common.read_model(fields, [layer] * count)

@@ -36,7 +36,7 @@ def read(fields: Fields) -> model.ModelConfig:
             ffn_beta=fields.number("mlp_beta_factor"),
         )
         kinds[code] = layers.Layer(mixer=mixer, ffn=ffn, residual=residual)
-    count = fields.size("num_hidden_layers")
+    count = common.read_num_layers(fields)
     all_layers = fields.sequence("layer_types", count, kinds)
     if "attn_type_list" in fields.values:
         codes = {0: kinds["linear_attention"], 1: kinds["full_attention"]}

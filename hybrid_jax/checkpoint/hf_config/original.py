@@ -36,7 +36,7 @@ def read(fields: Fields) -> model.ModelConfig:
         kinds[code] = layers.Layer(mixer=mixer, ffn=ffn, residual=residual)
     # The released code fixes its block at 256; it does not change the numbers.
     fields.get("block_size")
-    all_layers = fields.sequence("attn_type_list", fields.size("num_hidden_layers"), kinds)
+    all_layers = fields.sequence("attn_type_list", common.read_num_layers(fields), kinds)
     return common.read_model(fields, all_layers)
 
 
