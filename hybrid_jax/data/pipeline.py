@@ -33,7 +33,9 @@ class Batches(collections.abc.Iterator):
             raise ValueError(
                 f"batch_size={batch_size} must be a multiple of the number of hosts, {num_hosts}."
             )
-        dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+        # Without end for any purpose; Grain's own endless repeat overflows at one row a batch.
+        epochs = (1 << 61) // len(windows)
+        dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(epochs)
         dataset = dataset[host::num_hosts].batch(batch_size // num_hosts, batch_fn=batch_lib.stack)
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(dataset.to_iter_dataset(options))

@@ -95,6 +95,13 @@ def test_the_rows_of_a_batch_do_not_depend_on_the_number_of_hosts(windows):
         data.Batches(windows, 4, seed=1, num_hosts=3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_go_on_far_beyond_any_run(windows, batch_size):
+    batches = data.Batches(windows, batch_size, seed=1)
+    batches.seek(10**15)
+    assert next(batches).tokens_BT.shape == (batch_size, 16)
+
+
 def test_evaluation_covers_everything_once_or_a_spread_sample(windows):
     batches = list(data.evaluation_batches(windows, 3))
     assert sum(batch.weights_BT.sum() for batch in batches) == windows.num_pairs
