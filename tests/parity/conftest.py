@@ -16,6 +16,16 @@ def torch():
     return torch
 
 
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """No optimisation by LLVM: these tests compile for a minute and run for a second."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory):
     """directory(writer, **fields): a directory by `directories.<writer>`, each written once."""

@@ -46,7 +46,14 @@ def randomise(parameters: dict[str, Any], seed: int) -> None:
         tensor.data.copy_(0.3 * normal if "correction_bias" in name else value)
 
 
-def save_minimax(path: pathlib.Path, *, pattern: str = "lls", seed: int = 0, **overrides) -> None:
+def save_minimax(
+    path: pathlib.Path,
+    *,
+    pattern: str = "lls",
+    seed: int = 0,
+    dtype: str = "float32",
+    **overrides,
+) -> None:
     """`MiniMaxForCausalLM` saved by transformers; `pattern` has l for lightning, s for softmax."""
     from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
@@ -55,7 +62,7 @@ def save_minimax(path: pathlib.Path, *, pattern: str = "lls", seed: int = 0, **o
     config = MiniMaxConfig(
         num_hidden_layers=len(pattern), layer_types=[kinds[kind] for kind in pattern], **fields
     )
-    _save(MiniMaxForCausalLM(config), path, seed)
+    _save(MiniMaxForCausalLM(config), path, seed, dtype)
 
 
 def save_minimax_m2(path: pathlib.Path, *, num_layers: int = 2, seed: int = 0, **overrides) -> None:
@@ -70,14 +77,23 @@ def rope(theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _save(model: Any, path: pathlib.Path, seed: int) -> None:
+def _save(model: Any, path: pathlib.Path, seed: int, dtype: str = "float32") -> None:
+    import torch
+
     buffers = {n: b for n, b in model.named_buffers() if "correction_bias" in n}
     randomise(dict(model.named_parameters()) | buffers, seed)
-    model.save_pretrained(path)
+    # With the model go the decay buffers, in bfloat16 too.
+    model.to(getattr(torch, dtype)).save_pretrained(path)
 
 
 def save_original(
-    path: pathlib.Path, *, pattern: str = "lls", seed: int = 0, shared: int = 0, **overrides
+    path: pathlib.Path,
+    *,
+    pattern: str = "lls",
+    seed: int = 0,
+    shared: int = 0,
+    qkv_gain: float = 1.0,
+    **overrides,
 ) -> None:
     """A directory as Text-01 and M1 were released: their `config.json` and their names."""
     import torch
@@ -114,6 +130,9 @@ def save_original(
     }
     tensors = {n: torch.empty(s) for n, s in _original_shapes(config, pattern, shared).items()}
     randomise(tensors, seed)
+    for name in tensors:
+        if "qkv_proj" in name:
+            tensors[name] *= qkv_gain
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, indent=2))

@@ -55,6 +55,13 @@ def test_where_transformers_rotates_otherwise_the_reference_judges(directory):
     assert "rotates 16 of 16 dims of a head; config.json says 8" in notes[0]
 
 
+def test_decay_buffers_stored_in_bf16_are_recomputed(directory):
+    oracle, notes = oracles.choose(directory("save_minimax", pattern="llslls", dtype="bfloat16"))
+    assert oracle.name.endswith("decay buffers recomputed by the original formula")
+    # bfloat16 keeps 8 bits: up to 2^-9 off, far more than the denominator's 8e-06.
+    assert "slopes up to 9.6e-04 off the original formula" in notes[0]
+
+
 def test_bad_input_is_an_error_before_any_work(directory, tmp_path):
     path = directory("save_original", pattern="ls")
     with pytest.raises(ValueError, match="no directory"):

@@ -47,10 +47,14 @@ def test_layers_and_logits_equal_pytorch(sides, tokens_BT, writer, fields):
         # transformers reads the field and rotates the whole head all the same.
         ("save_minimax", {"rotary_dim": 8}, "PyTorch"),
         ("save_original", {"postnorm": False}, "PyTorch"),
+        # So little comes out of lightning attention that the norm's epsilon, 1e-6, decides.
+        ("save_original", {"postnorm": False, "qkv_gain": 0.05}, "PyTorch"),
         ("save_original", {"pattern": "l"}, "PyTorch"),
+        ("save_minimax", {"pattern": "llslls", "dtype": "bfloat16"}, "transformers"),
     ],
     ids=[
-        "12 layers", "irregular", "3 heads", "6 heads, tied", "half rotary", "pre-norm", "1 layer",
+        "12 layers", "irregular", "3 heads", "6 heads, tied", "half rotary", "pre-norm",
+        "inner epsilon", "1 layer", "stored in bf16",
     ],
 )  # fmt: skip
 def test_variants_equal_pytorch(sides, tokens_BT, writer, fields, judge):
