@@ -11,6 +11,9 @@ from tests.architecture import source
 # A promise without a date outlives the one who made it: "TODO(2026-12, why): what".
 UNDATED = re.compile(r"\b(TODO|FIXME|XXX)\b(?!\(\d{4}-\d{2})")
 
+# A path in backticks that starts at the root of the repository.
+OUR_PATHS = re.compile(rf"`((?:{'|'.join(source.FOLDERS)}|docs|\.ci)/[\w./-]*)`")
+
 
 @pytest.mark.parametrize("folder", source.FOLDERS)
 def test_every_file_compiles(folder):
@@ -50,7 +53,7 @@ def test_documents_name_paths_that_exist():
     missing = [
         f"{source.name(document)}: {path}"
         for document in documents
-        for path in re.findall(r"`([\w./-]+/[\w./-]*)`", document.read_text(encoding="utf-8"))
+        for path in OUR_PATHS.findall(document.read_text(encoding="utf-8"))
         if not (source.ROOT / path).exists()
     ]
     assert not missing, "\n".join(missing)
