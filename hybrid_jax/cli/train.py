@@ -1,6 +1,8 @@
 """`hybrid-jax train`: train a preset on text files, with every field of a run as an option."""
 
 import dataclasses
+import logging
+import os
 import pathlib
 import sys
 import typing
@@ -69,6 +71,9 @@ def run(args: Args) -> int:
     """Train; 0 when done or stopped on request, 1 if the loss is not a number any more."""
     from hybrid_jax import training
 
+    if "HYBRID_JAX_TRACEBACK" not in os.environ:
+        # A checkpoint that cannot be written is one sentence of ours, after 1,400 lines of Orbax's.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     again = f"hybrid-jax train --out {args.out} --resume"
     try:
         outcome = training.train(args.train, args.out, resume=args.resume)

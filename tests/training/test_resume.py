@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -179,6 +181,27 @@ def test_a_loss_that_is_no_number_stops_the_run(config, whole, tmp_path):
     with pytest.raises(training.Diverged, match=r"Step 8: loss nan.*checkpoint is .*/7"):
         training.train(config, path, resume=True, stream=io.StringIO())
     assert [p.name for p in sorted((path / "checkpoints").iterdir())] == ["6", "7"]
+
+
+def test_a_full_disk_is_one_sentence_and_spares_older_checkpoints(config, whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    skeleton = Skeleton(config.model)
+    abstract = abstract_state(skeleton, Optimizer(config, skeleton.axes))
+    absl, limits = logging.getLogger("absl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    absl.setLevel(logging.CRITICAL)
+    with CheckpointStore(path / "checkpoints", keep=2) as checkpoints:
+        state, position, fingerprint = checkpoints.restore(abstract)
+        # No file may grow beyond this; what a full disk says, without filling one.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"could not be written .*make room"):
+                checkpoints.save(9, state, position, fingerprint)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            absl.setLevel(logging.NOTSET)
+    assert everything(config, path)[1] == 8
 
 
 def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
