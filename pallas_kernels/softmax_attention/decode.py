@@ -38,17 +38,17 @@ def forward(q_B1HK, k_BSGK, v_BSGV, q_segment_B1, kv_segment_BS, offset_B):
     if q_segment_B1 is not None:
         visible_BS &= kv_segment_BS == q_segment_B1.astype(kv_segment_BS.dtype)
         visible_BS &= q_segment_B1 != 0
-    spread_BXH = _spread(q_B1HK[:, 0].astype(jnp.float32) * K**-0.5, G).swapaxes(1, 2)
+    spread_BHX = _spread(q_B1HK[:, 0].astype(jnp.float32) * K**-0.5, G)
     cache = k_BSGK.reshape(B, S, G * K), v_BSGV.reshape(B, S, G * V), visible_BS
 
     J = block_size(S, B * G * (K + V) * k_BSGK.dtype.itemsize)
-    whole = functools.partial(_attend, spread_BXH)
+    whole = functools.partial(_attend, spread_BHX)
     if 2 * J >= S:
         out_BHY, top_BH1, total_BH1 = whole(*cache)
     else:
         # XLA copies a block before it multiplies; over a full cache that costs more than it saves.
         filled = jnp.clip(jnp.max(offset_B) + 1, 0, S)
-        blocks = functools.partial(_attend_filled, spread_BXH, filled, J)
+        blocks = functools.partial(_attend_filled, spread_BHX, filled, J)
         out_BHY, top_BH1, total_BH1 = lax.cond(2 * filled > S, whole, blocks, *cache)
     seen_BH1 = total_BH1 > 0
     total_BH1 = jnp.where(seen_BH1, total_BH1, 1.0)
@@ -57,10 +57,11 @@ def forward(q_B1HK, k_BSGK, v_BSGV, q_segment_B1, kv_segment_BS, offset_B):
     return out_BHV[:, None].astype(q_B1HK.dtype), logsumexp_BH1.swapaxes(1, 2)
 
 
-def _attend(spread_BXH, k_BJX, v_BJY, visible_BJ) -> Partial:
+def _attend(spread_BHX, k_BJX, v_BJY, visible_BJ) -> Partial:
     """All the given keys at once."""
-    # Keys as rows of the product: with the few queries as rows it takes a third longer.
-    score_BJH = jnp.einsum("bxh,bjx->bjh", spread_BXH, k_BJX.astype(jnp.float32))
+    # Keys as rows of the product: for one row of the batch that takes a third less than queries as
+    # rows, and for several XLA turns it around. The queries must come here as [B, H, X] for that.
+    score_BJH = jnp.einsum("bhx,bjx->bjh", spread_BHX, k_BJX.astype(jnp.float32))
     score_BHJ = jnp.where(visible_BJ[:, None], score_BJH.swapaxes(1, 2), -jnp.inf)
     top_BH1 = jnp.max(score_BHJ, axis=-1, keepdims=True, initial=-NOTHING_SEEN)
     weight_BHJ = jnp.exp(score_BHJ - top_BH1)
@@ -68,17 +69,17 @@ def _attend(spread_BXH, k_BJX, v_BJY, visible_BJ) -> Partial:
     return Partial(out_BHY, top_BH1, weight_BHJ.sum(-1, keepdims=True))
 
 
-def _attend_filled(spread_BXH, filled, size: int, k_BSX, v_BSY, visible_BS) -> Partial:
+def _attend_filled(spread_BHX, filled, size: int, k_BSX, v_BSY, visible_BS) -> Partial:
     """The first `filled` keys, `size` at a time; both at most S/2, so that every block fits."""
     B, _, Y = v_BSY.shape
-    H = spread_BXH.shape[2]
+    H = spread_BHX.shape[1]
 
     def one_block(block_idx, seen: Partial):
         block = (
             lax.dynamic_slice_in_dim(x, block_idx * size, size, axis=1)
             for x in (k_BSX, v_BSY, visible_BS)
         )
-        return _merge(seen, _attend(spread_BXH, *block))
+        return _merge(seen, _attend(spread_BHX, *block))
 
     nothing = Partial(
         jnp.zeros((B, H, Y), jnp.float32),
