@@ -1,5 +1,6 @@
 """What every test runs under: strict JAX, the CPU unless asked otherwise, and loud skips."""
 
+import collections
 import os
 
 # Set before anything imports JAX, and inherited by the programs tests start. A device test is run
@@ -50,14 +51,12 @@ def pytest_addoption(parser):
     )
 
 
-def _torch_skips(terminal) -> list[str]:
-    """Where a test or a whole file was skipped because PyTorch or transformers is missing."""
-    return sorted(
-        {
-            str(report.nodeid)
-            for report in terminal.stats.get("skipped", ())
-            if "'torch'" in str(report.longrepr) or "'transformers'" in str(report.longrepr)
-        }
+def _torch_skips(terminal) -> collections.Counter:
+    """How many tests of each file were skipped because PyTorch or transformers is missing."""
+    return collections.Counter(
+        report.nodeid.partition("::")[0]
+        for report in terminal.stats.get("skipped", ())
+        if "'torch'" in str(report.longrepr) or "'transformers'" in str(report.longrepr)
     )
 
 
@@ -75,21 +74,20 @@ def _complaints(config, terminal) -> list[str]:
     return complaints
 
 
-# First in line, so that the terminal summary and pytest's own exit code see the changed status.
-@pytest.hookimpl(tryfirst=True)
+# Around everything else: the exit code is settled before pytest reads it, and what did not run is
+# the last thing on the screen.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workerinput"):
+        return (yield)
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    is_worker = hasattr(session.config, "workerinput")
-    if exitstatus == 0 and not is_worker and _complaints(session.config, terminal):
+    complaints = _complaints(session.config, terminal)
+    if exitstatus == pytest.ExitCode.OK and complaints:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    skips = _torch_skips(terminalreporter)
-    if skips:
-        title = f"PyTorch is not installed: {TORCH_TESTS} did NOT run"
-        terminalreporter.section(title, yellow=True)
-        for nodeid in skips:
-            terminalreporter.line(nodeid)
-    for complaint in _complaints(config, terminalreporter):
-        terminalreporter.section(f"FAILED: {complaint}", red=True)
+    result = yield
+    if skips := _torch_skips(terminal):
+        files = ", ".join(f"{file} {count}" for file, count in sorted(skips.items()))
+        terminal.line(f"PyTorch is missing: {TORCH_TESTS} did NOT run: {files}", yellow=True)
+    for complaint in complaints:
+        terminal.line(f"FAILED: {complaint}", red=True)
+    return result
