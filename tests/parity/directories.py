@@ -73,6 +73,39 @@ def save_minimax_m2(path: pathlib.Path, *, num_layers: int = 2, seed: int = 0, *
     _save(MiniMaxM2ForCausalLM(MiniMaxM2Config(num_hidden_layers=num_layers, **fields)), path, seed)
 
 
+def save_minimax_m2_fp8(path: pathlib.Path, **fields) -> None:
+    """M2 as released: FP8 matrices with a float32 scale for each block of 128 x 128."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    # Wide enough for two blocks, the second one cut short.
+    save_minimax_m2(path, **({"hidden_size": 160} | fields))
+    tensors = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if not name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")):
+            tensors[name] = tensor
+            continue
+        rows, columns = (range(0, size, 128) for size in tensor.shape)
+        blocks = [[tensor[r : r + 128, c : c + 128] for c in columns] for r in rows]
+        scales = [[block.abs().max() / 448 for block in row] for row in blocks]
+        scaled = [
+            torch.cat([block / scale for block, scale in zip(*pair, strict=True)], 1)
+            for pair in zip(blocks, scales, strict=True)
+        ]
+        tensors[name] = torch.cat(scaled).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.tensor(scales)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "float8_e4m3fn",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
 def rope(theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 

@@ -51,10 +51,11 @@ def test_layers_and_logits_equal_pytorch(sides, tokens_BT, writer, fields):
         ("save_original", {"postnorm": False, "qkv_gain": 0.05}, "PyTorch"),
         ("save_original", {"pattern": "l"}, "PyTorch"),
         ("save_minimax", {"pattern": "llslls", "dtype": "bfloat16"}, "transformers"),
+        ("save_minimax_m2_fp8", {}, "PyTorch"),
     ],
     ids=[
         "12 layers", "irregular", "3 heads", "6 heads, tied", "half rotary", "pre-norm",
-        "inner epsilon", "1 layer", "stored in bf16",
+        "inner epsilon", "1 layer", "stored in bf16", "fp8",
     ],
 )  # fmt: skip
 def test_variants_equal_pytorch(sides, tokens_BT, writer, fields, judge):
