@@ -1,11 +1,11 @@
 """Blockwise attention in plain XLA: online softmax forward, recomputed scores backward.
 
-Neither direction holds more of the T x S scores than one tile for every row and head. Tiles above
-the diagonal, past the filled part of a cache or between segments are skipped by trip count. All
-rows and heads go through a tile together, query heads of a group as rows of one matmul, so that
-every product is a batched matmul with its operands in the plain order: XLA's CPU backend runs those
-at the machine's rate, and products that contract the rows of both operands at a third of it.
-Letters: see tiles.py.
+Neither direction holds more of the T x S scores than one tile for every head of a few rows. Tiles
+above the diagonal, past the filled part of a cache or between segments are skipped by trip count.
+The heads of some rows go through a tile together, query heads of a group as rows of one matmul, so
+that every product is a batched matmul with its operands in the plain order: XLA's CPU backend runs
+those at the machine's rate, and products that contract the rows of both operands at a third of it.
+Letters: see tiles.py. Sizes were measured on 2 cores with 1 MiB of L2 each and 32 MiB of L3.
 """
 
 import functools
@@ -16,6 +16,9 @@ from jax import lax
 
 from pallas_kernels.softmax_attention import decode, tiles
 
+# Scores of a tile over all heads of the rows that go together; the backward holds three such arrays
+# and the tiles of more operands, and is a sixth slower at twice this size.
+FORWARD_SCORES, BACKWARD_SCORES = 2**20, 2**19
 # exp(x - NOTHING_SEEN) is 0 for any score, and so are the gradients of a row that saw no key.
 NOTHING_SEEN = 1e30
 
@@ -30,10 +33,10 @@ def softmax_attention(
 
 
 def tile_size(batch: int, heads: int, length: int) -> int:
-    """Tokens of a tile, from 128 to 512; measured on a 2-core CPU.
+    """Tokens of a tile, from 128 to 512: two million scores at most over all rows and heads.
 
-    Two million scores at most over all rows and heads, which the last-level cache holds; 512 only
-    where the half-empty tiles on the diagonal are few.
+    Below 512 rows by 256 keys XLA leaves a product to one thread; 512 tokens pay only where the
+    half-empty tiles on the diagonal are few.
     """
     largest = 512 if length >= 2048 else 256
     size = 128
@@ -42,19 +45,36 @@ def tile_size(batch: int, heads: int, length: int) -> int:
     return min(size, length)
 
 
+def _by_rows(function, scores: int, *args):
+    """The function over groups of rows, one after the other, where all rows would be too many."""
+    (batch, T, heads, _), (_, S, _, _) = args[0].shape, args[1].shape
+    row_scores = heads * min(T, 256) * min(S, 256)
+    divisors = (group for group in range(1, batch + 1) if batch % group == 0)
+    group = max(g for g in divisors if g == 1 or g * row_scores <= scores)
+    if group == batch:
+        return function(*args)
+    groups = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), args)
+    results = lax.map(lambda args: function(*args), groups)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
+
+
 @jax.custom_vjp
 def _attention(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
-    return _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)[0]
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
+    return _attention_forward(*args)[0]
 
 
 def _attention_forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
-    out_BTHV, logsumexp_BTH = _forward(*args)
+    if q_BTHK.shape[1] == 1:
+        out_BTHV, logsumexp_BTH = decode.forward(*args)
+    else:
+        out_BTHV, logsumexp_BTH = _by_rows(_forward, FORWARD_SCORES, *args)
     return out_BTHV, (*args, out_BTHV, logsumexp_BTH)
 
 
 def _attention_backward(residuals, d_out_BTHV):
-    gradients = _backward(residuals, d_out_BTHV)
+    gradients = _by_rows(_backward, BACKWARD_SCORES, *residuals, d_out_BTHV)
     gradients = [d_x.astype(x.dtype) for d_x, x in zip(gradients, residuals)]
     return (*gradients, None, None, None)
 
@@ -66,8 +86,6 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     """Output in q's dtype, and the logsumexp of each query's scores."""
     B, T, H, K = q_BTHK.shape
     _, S, G, V = v_BSGV.shape
-    if T == 1:
-        return decode.forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
     C, J = tile_size(B, H, T), tile_size(B, H, S)
     q_NPMK = tiles.cut(q_BTHK, G, C) * K**-0.5
     query = tiles.query_side(offset_B, q_segment_BT, T, C)
@@ -122,11 +140,10 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     return join(out_NPMV).astype(q_BTHK.dtype), join(logsumexp_NPM1)[..., 0]
 
 
-def _backward(residuals, d_out_BTHV):
+def _backward(*args):
     """Gradients of q, k and v in float32: scores again tile by tile, five matmuls each."""
-    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, out_BTHV, logsumexp_BTH = (
-        residuals
-    )
+    q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results = args
+    out_BTHV, logsumexp_BTH, d_out_BTHV = results
     B, T, H, K = q_BTHK.shape
     _, S, G, V = v_BSGV.shape
     C, J = tile_size(B, H, T), tile_size(B, H, S)
@@ -139,7 +156,10 @@ def _backward(residuals, d_out_BTHV):
 
     def one_query_tile(carry, inputs):
         q_PMK, do_PMV, logsumexp_PM1, delta_PM1, query_tile, first, end = inputs
-        q_PKM, do_PVM = q_PMK.swapaxes(1, 2), do_PMV.swapaxes(1, 2)
+        # Transposed here, once: XLA would fold the transpose into the products below, and those it
+        # then calculates three times slower.
+        transposed = q_PMK.swapaxes(1, 2), do_PMV.swapaxes(1, 2)
+        q_PKM, do_PVM = lax.optimization_barrier(transposed)
 
         def one_key_tile(tile_idx, carry):
             dk_UPKJ, dv_UPVJ, dq_PMK = carry

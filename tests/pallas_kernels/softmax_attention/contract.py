@@ -21,7 +21,7 @@ BF16_TOLERANCE = 2**-7
 CASES = {
     "one_token": Case(B=2, T=1, S=1, H=2, G=2, K=4, V=4),
     "odd_sizes": Case(B=2, T=37, S=37, H=3, G=3, K=8, V=5),
-    "grouped_tiles": Case(B=2, T=600, S=600, H=4, G=2, K=8, V=16),
+    "grouped_tiles": Case(B=3, T=600, S=600, H=8, G=2, K=8, V=16),
     "more_queries_than_keys": Case(B=1, T=50, S=20, H=2, G=1, K=8, V=8),
     "chunk_of_cache": Case(B=2, T=70, S=1100, H=4, G=1, K=8, V=8, offset=766),
     "decode": Case(B=8, T=1, S=600, H=8, G=4, K=64, V=64, offset=550),
@@ -118,7 +118,7 @@ class Contract:
 
     def test_a_packed_row_equals_its_documents_apart(self):
         inputs = make_inputs(CASES["grouped_tiles"], packed=False)
-        ids = np.repeat([[1, 2, 3]], 200, axis=1).repeat(2, axis=0).astype(np.int32)
+        ids = np.repeat([[1, 2, 3]], 200, axis=1).repeat(3, axis=0).astype(np.int32)
         packed = run(self.implementation, inputs._replace(q_ids=ids, kv_ids=ids))
         for start in range(0, 600, 200):
             part = slice(start, start + 200)
@@ -128,7 +128,7 @@ class Contract:
 
     def test_chunks_over_a_larger_cache_equal_the_whole(self):
         inputs = make_inputs(CASES["grouped_tiles"], packed=False)
-        inputs = inputs._replace(offset=np.zeros(2, np.int32))
+        inputs = inputs._replace(offset=np.zeros(3, np.int32))
         whole = run(self.implementation, inputs, with_ids=False).out
         # Beyond the part a chunk may see the cache holds what would ruin every sum.
         k, v = (np.pad(x, ((0, 0), (0, 500), (0, 0), (0, 0)), constant_values=1e4)
@@ -136,7 +136,7 @@ class Contract:
         chunks = [
             run(self.implementation, Inputs(
                 inputs.q[:, start : start + 150], k, v, None, None,
-                np.full(2, start, np.int32), inputs.d_out[:, start : start + 150],
+                np.full(3, start, np.int32), inputs.d_out[:, start : start + 150],
             ), with_ids=False).out
             for start in range(0, 600, 150)
         ]  # fmt: skip
