@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.softmax_attention import tiles
+
 # Bytes of cache to a step of the loop: enough to hide a step's cost, few enough to stop soon after
 # the filled part and to keep the copy of a block in the processor's cache.
 BLOCK_BYTES = 2**21
-NOTHING_SEEN = 1e30
 
 
 class Partial(NamedTuple):
@@ -50,9 +51,8 @@ def forward(q_B1HK, k_BSGK, v_BSGV, q_segment_B1, kv_segment_BS, offset_B):
         filled = jnp.clip(jnp.max(offset_B) + 1, 0, S)
         blocks = functools.partial(_attend_filled, spread_BHX, filled, J)
         out_BHY, top_BH1, total_BH1 = lax.cond(2 * filled > S, whole, blocks, *cache)
-    seen_BH1 = total_BH1 > 0
-    total_BH1 = jnp.where(seen_BH1, total_BH1, 1.0)
-    logsumexp_BH1 = jnp.where(seen_BH1, top_BH1 + jnp.log(total_BH1), NOTHING_SEEN)
+    total_BH1 = jnp.where(total_BH1 > 0, total_BH1, 1.0)
+    logsumexp_BH1 = top_BH1 + jnp.log(total_BH1)
     out_BHV = _own_part(out_BHY / total_BH1, G)
     return out_BHV[:, None].astype(q_B1HK.dtype), logsumexp_BH1.swapaxes(1, 2)
 
@@ -63,7 +63,7 @@ def _attend(spread_BHX, k_BJX, v_BJY, visible_BJ) -> Partial:
     # rows, and for several XLA turns it around. The queries must come here as [B, H, X] for that.
     score_BJH = jnp.einsum("bhx,bjx->bjh", spread_BHX, k_BJX.astype(jnp.float32))
     score_BHJ = jnp.where(visible_BJ[:, None], score_BJH.swapaxes(1, 2), -jnp.inf)
-    top_BH1 = jnp.max(score_BHJ, axis=-1, keepdims=True, initial=-NOTHING_SEEN)
+    top_BH1 = jnp.max(score_BHJ, axis=-1, keepdims=True, initial=tiles.NO_SCORE)
     weight_BHJ = jnp.exp(score_BHJ - top_BH1)
     out_BHY = jnp.einsum("bhj,bjy->bhy", weight_BHJ, v_BJY.astype(jnp.float32))
     return Partial(out_BHY, top_BH1, weight_BHJ.sum(-1, keepdims=True))
@@ -83,7 +83,7 @@ def _attend_filled(spread_BHX, filled, size: int, k_BSX, v_BSY, visible_BS) -> P
 
     nothing = Partial(
         jnp.zeros((B, H, Y), jnp.float32),
-        jnp.full((B, H, 1), -NOTHING_SEEN, jnp.float32),
+        jnp.full((B, H, 1), tiles.NO_SCORE, jnp.float32),
         jnp.zeros((B, H, 1), jnp.float32),
     )
     return lax.fori_loop(0, (filled + size - 1) // size, one_block, nothing)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 # Marks what no query may see and what can see no key.
 PAST_ALL = 2**31 - 1
 BEFORE_ALL = -1
+# Below every score and finite: exp of a masked score (-inf) less this is 0, not NaN, so a query
+# that sees nothing has weights and gradients of 0.
+NO_SCORE = -1e30
 
 
 class Side(NamedTuple):

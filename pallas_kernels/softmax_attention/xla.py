@@ -19,8 +19,6 @@ from pallas_kernels.softmax_attention import decode, tiles
 # Scores of a tile over all heads of the rows that go together; the backward holds three such arrays
 # and the tiles of more operands, and is a sixth slower at twice this size.
 FORWARD_SCORES, BACKWARD_SCORES = 2**20, 2**19
-# exp(x - NOTHING_SEEN) is 0 for any score, and so are the gradients of a row that saw no key.
-NOTHING_SEEN = 1e30
 
 
 def softmax_attention(
@@ -125,14 +123,12 @@ def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
 
         start = (
             jnp.zeros((P, M, V), jnp.float32),
-            jnp.full((P, M, 1), -NOTHING_SEEN, jnp.float32),
+            jnp.full((P, M, 1), tiles.NO_SCORE, jnp.float32),
             jnp.zeros((P, M, 1), jnp.float32),
         )
         out_PMV, top_PM1, total_PM1 = lax.fori_loop(first, end, clear_or_masked, start)
-        seen_PM1 = total_PM1 > 0
-        total_PM1 = jnp.where(seen_PM1, total_PM1, 1.0)
-        logsumexp_PM1 = jnp.where(seen_PM1, top_PM1 + jnp.log(total_PM1), NOTHING_SEEN)
-        return None, (out_PMV / total_PM1, logsumexp_PM1)
+        total_PM1 = jnp.where(total_PM1 > 0, total_PM1, 1.0)
+        return None, (out_PMV / total_PM1, top_PM1 + jnp.log(total_PM1))
 
     inputs = (q_NPMK, query, clear_NU, first_N, end_N)
     _, (out_NPMV, logsumexp_NPM1) = lax.scan(one_query_tile, None, inputs)
