@@ -39,10 +39,18 @@ def new_directory(path, *, overwrite: bool = False):
 
 
 def _remove(draft: pathlib.Path) -> None:
-    """A writer that failed may have threads that add files for a moment longer."""
-    for _ in range(20):
-        shutil.rmtree(draft, ignore_errors=True)
-        if not draft.exists():
+    """A writer that failed may have threads that add files, and folders for them, a moment longer.
+
+    Removed is therefore what has stayed away for several looks; nothing offers to be waited for.
+    """
+    absences = 0
+    for _ in range(30):
+        if draft.exists():
+            shutil.rmtree(draft, ignore_errors=True)
+            absences = 0
+        else:
+            absences += 1
+        if absences == 3:
             return
         time.sleep(0.1)
 

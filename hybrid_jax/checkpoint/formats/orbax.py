@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import json
 import logging
+import os
 import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -83,9 +85,10 @@ class OrbaxSink:
                 # Orbax cannot store an empty dim list; a scalar goes as one value.
                 ocp.save(path, {name: np.atleast_1d(array) for name, array in self._group.items()})
         except ValueError as error:
-            # TensorStore reports a full disk as a ValueError with a long dump behind it.
-            reason = str(error).split("[source locations", 1)[0].strip()
-            raise OSError(f"{path} could not be written: {reason:.500}") from error
+            # TensorStore reports a full disk as a ValueError: a page of specs around one number.
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else f"{error!s:.500}"
+            raise OSError(f"{path} could not be written: {reason}") from error
         self._group = {}
         self._filled = 0
         self._groups += 1
