@@ -132,9 +132,10 @@ class TransformersOracle:
         # Its bars and warnings would stand in the middle of the table.
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
+        model, info = loaded
         unwanted = {
             kind: [str(name) for name in info[kind] if not published.DERIVED.search(str(name))]
             for kind in ("missing_keys", "mismatched_keys")

@@ -28,10 +28,9 @@ class Ours:
 
     def logits(self, tokens_BT: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
         """Logits [B, T, vocab] float32."""
-        if segment_ids is not None:
-            segment_ids = jnp.asarray(segment_ids, jnp.int32)
+        ids_BT = None if segment_ids is None else _ids(segment_ids)
         with jax.default_matmul_precision(FLOAT32):
-            return np.asarray(_logits(*nnx.split(self.model), _ids(tokens_BT), segment_ids))
+            return np.asarray(_logits(*nnx.split(self.model), _ids(tokens_BT), ids_BT))
 
     def trace(self, tokens_BT: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits of the model as it is used, and x_BTD after every layer of the same unrolled."""

@@ -181,7 +181,7 @@ def read_weights(directory: pathlib.Path, spec: Spec, dtype: str) -> dict[str, T
 
     raw = _read_safetensors(directory)
     block = _weight_block(directory)
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in raw.items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if DERIVED.search(name) or (layer and int(layer[1]) >= spec.num_layers):
