@@ -10,7 +10,7 @@ TRAIN_ROWS, TRAIN_LENGTH = 4, 1024
 PREFILL_LENGTHS = {"prefill_1k": 1024, "prefill_4k": 4096, "prefill_16k": 16384}
 DECODE_CONTEXT = 512
 DECODE_BATCHES = {"decode_b1": 1, "decode_b8": 8}
-# Greedy tokens a timed decode makes; the second is enough where a token takes a tenth of a second.
+# Greedy tokens a timed decode makes.
 DECODE_TOKENS = 32
 NAMES = ("train", *PREFILL_LENGTHS, *DECODE_BATCHES)
 

@@ -3,7 +3,8 @@
 import dataclasses
 
 
-def _require_positive(config, *names: str) -> None:
+def require_positive(config, *names: str) -> None:
+    """ValueError unless every named field of `config` is a whole number above zero."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -12,7 +13,8 @@ def _require_positive(config, *names: str) -> None:
             )
 
 
-def _require_at_least_zero(config, *names: str) -> None:
+def require_at_least_zero(config, *names: str) -> None:
+    """ValueError unless every named field of `config` is a number >= 0."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
@@ -31,8 +33,8 @@ class LightningAttention:
     """Epsilon of the norm over all heads before the gate. The released code leaves it at 1e-6."""
 
     def __post_init__(self):
-        _require_positive(self, "num_heads", "head_dim")
-        _require_at_least_zero(self, "norm_eps")
+        require_positive(self, "num_heads", "head_dim")
+        require_at_least_zero(self, "norm_eps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ class SoftmaxAttention:
     """RMS norm over the whole query and key projections before the heads are split (M2)."""
 
     def __post_init__(self):
-        _require_positive(self, "num_heads", "num_kv_heads", "head_dim")
-        _require_at_least_zero(self, "rotary_dim")
+        require_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        require_at_least_zero(self, "rotary_dim")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -79,7 +81,7 @@ class SoftmaxTopK:
     """Experts that each token visits."""
 
     def __post_init__(self):
-        _require_positive(self, "experts_per_token")
+        require_positive(self, "experts_per_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class SigmoidTopK:
     """Experts that each token visits."""
 
     def __post_init__(self):
-        _require_positive(self, "experts_per_token")
+        require_positive(self, "experts_per_token")
 
 
 Router = SoftmaxTopK | SigmoidTopK
@@ -104,7 +106,7 @@ class SharedExpert:
     """Width between its two matrices."""
 
     def __post_init__(self):
-        _require_positive(self, "hidden_dim")
+        require_positive(self, "hidden_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class DenseFfn:
     """Width between its two matrices."""
 
     def __post_init__(self):
-        _require_positive(self, "hidden_dim")
+        require_positive(self, "hidden_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class MoeFfn:
     """An expert that every token visits, if any."""
 
     def __post_init__(self):
-        _require_positive(self, "num_experts", "hidden_dim")
+        require_positive(self, "num_experts", "hidden_dim")
         if self.router.experts_per_token > self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.router.experts_per_token} cannot exceed "

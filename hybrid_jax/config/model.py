@@ -71,8 +71,8 @@ class ModelConfig:
     """What the backward pass recomputes: none, full (whole layers), save_dots (all but matmuls)."""
 
     def __post_init__(self):
-        layers_lib._require_positive(self, "vocab_size", "hidden_dim", "repeats", "max_positions")
-        layers_lib._require_at_least_zero(self, "norm_eps", "initializer_range")
+        layers_lib.require_positive(self, "vocab_size", "hidden_dim", "repeats", "max_positions")
+        layers_lib.require_at_least_zero(self, "norm_eps", "initializer_range")
         if not self.pattern:
             raise ValueError("ModelConfig.pattern must hold at least one run of layers; got none.")
         if self.remat not in REMAT_POLICIES:
