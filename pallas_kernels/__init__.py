@@ -3,7 +3,14 @@
 # A folder has the name of its op. Importing every op here binds the functions for good: a folder
 # imported for the first time later would put its module where the function belongs.
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_swiglu.api import grouped_swiglu
 from pallas_kernels.lightning_attention.api import lightning_attention, lightning_decode
 from pallas_kernels.softmax_attention.api import softmax_attention
 
-__all__ = ["grouped_matmul", "lightning_attention", "lightning_decode", "softmax_attention"]
+__all__ = [
+    "grouped_matmul",
+    "grouped_swiglu",
+    "lightning_attention",
+    "lightning_decode",
+    "softmax_attention",
+]

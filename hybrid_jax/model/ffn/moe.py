@@ -10,7 +10,7 @@ from hybrid_jax.model.ffn import router
 from hybrid_jax.model.ffn.dense import swiglu
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.params import Initialiser
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_swiglu
 from sharding import Logical
 
 
@@ -80,9 +80,7 @@ def expert_mixture(x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_expe
     gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
     down = down_EFD.astype(x_TD.dtype)
     x_RD = _dispatch(x_TD, token_R, row_TA)
-    hidden_RX = grouped_matmul(x_RD, gate_up, sizes_E, group_offset=group_offset)
-    hidden_RF = jax.nn.silu(hidden_RX[:, :F]) * hidden_RX[:, F:]
-    y_RD = grouped_matmul(hidden_RF, down, sizes_E, group_offset=group_offset)
+    y_RD = grouped_swiglu(x_RD, gate_up, down, sizes_E, group_offset=group_offset)
     return _combine(y_RD, choice.weight_TA, token_R, row_TA)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul import blocks, xla
 from pallas_kernels.grouped_matmul.cases import CASES
 from tests.pallas_kernels.grouped_matmul.contract import SIZES, Contract, D, E, F, R
 
@@ -50,7 +50,7 @@ def test_a_scan_over_layers_slices_out_single_matrices_only():
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_fit_the_rows_of_a_group(name):
     case = CASES[name]
-    sizes = xla._block_sizes(case.R, case.E)
+    sizes = blocks.block_sizes(case.R, case.E)
     assert list(sizes) == sorted(set(sizes), reverse=True)
     assert sizes[0] <= case.R
     # The last block computes up to its size less one rows in vain, once a group.
@@ -60,11 +60,11 @@ def test_blocks_fit_the_rows_of_a_group(name):
 @pytest.mark.parametrize("rows", [1, 2, 16, 64, 512])
 def test_no_block_but_the_last_covers_all_rows(rows):
     """XLA would move it out of its loop and compute it for every group."""
-    assert all(size < rows for size in xla._block_sizes(rows, E)[:-1])
+    assert all(size < rows for size in blocks.block_sizes(rows, E)[:-1])
 
 
 def test_groups_lists_those_with_rows():
-    groups = xla._groups(jnp.asarray(SIZES["rows_past_the_sum"], jnp.int32), 560)
+    groups = blocks.find_groups(jnp.asarray(SIZES["rows_past_the_sum"], jnp.int32), 560)
     assert groups.num_active == 3
     assert groups.active_E[:3].tolist() == [0, 2, 3]
     assert groups.end_E.tolist() == [33, 33, 550, 560]

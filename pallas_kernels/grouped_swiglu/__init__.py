@@ -1,0 +1,1 @@
+"""One SwiGLU per group of consecutive rows: the experts of a mixture as one op."""

@@ -1,0 +1,1 @@
+"""Tests of the experts as one op."""

@@ -1,0 +1,115 @@
+"""Both forms of the op compute the definition, and give the gradients of float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_swiglu
+from tests.pallas_kernels.grouped_matmul import oracle
+
+E, D, F = 4, 8, 6
+# Groups larger than the largest block, small, empty, and rows that belong to none.
+SIZES = {600: [33, 0, 517, 40], 23: [0, 9, 1, 12], 2: [0, 1, 0, 1], 1: [0, 0, 0, 0], 0: [0] * E}
+
+
+def arrays(rows, dtype=jnp.float32):
+    rng = np.random.default_rng(rows)
+    shapes = ((rows, D), (E, D, 2 * F), (E, F, D), (rows, D))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def exact(x, gate_up, down, sizes, dout):
+    """The output and the gradients of x, gate_up and down, in float64."""
+    x, gate_up, down, dout = (np.asarray(a, np.float64) for a in (x, gate_up, down, dout))
+    hidden = oracle.grouped_matmul(x, gate_up, sizes)
+    gate, up = hidden[:, :F], hidden[:, F:]
+    sigmoid = 1 / (1 + np.exp(-gate))
+    act = gate * sigmoid * up
+    dact, ddown = oracle.gradients(act, down, sizes, dout)
+    dgate = dact * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    dhidden = np.concatenate([dgate, dact * gate * sigmoid], axis=1)
+    dx, dgate_up = oracle.gradients(x, gate_up, sizes, dhidden)
+    return oracle.grouped_matmul(act, down, sizes), dx, dgate_up, ddown
+
+
+def check(found, expected, dtype, tolerance):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        scale = max(1.0, np.abs(theirs).max(initial=0))
+        assert np.abs(np.asarray(ours, np.float64) - theirs).max(initial=0) <= tolerance * scale
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def out(x, gate_up, down, sizes, implementation):
+    return grouped_swiglu(x, gate_up, down, sizes, implementation=implementation)
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("implementation", [None, "xla", "composed"])
+def test_the_output_is_that_of_float64(rows, implementation):
+    x, gate_up, down, dout = arrays(rows)
+    sizes = jnp.asarray(SIZES[rows], jnp.int32)
+    expected = exact(x, gate_up, down, SIZES[rows], dout)
+    # float32 sums of at most 8 products, twice.
+    check([out(x, gate_up, down, sizes, implementation)], expected[:1], jnp.float32, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [600, 23])
+def test_the_gradients_are_those_of_float64(rows):
+    x, gate_up, down, dout = arrays(rows)
+    sizes = jnp.asarray(SIZES[rows], jnp.int32)
+    value, pull_back = jax.vjp(
+        jax.jit(lambda *args: grouped_swiglu(*args, sizes)), x, gate_up, down
+    )
+    expected = exact(x, gate_up, down, SIZES[rows], dout)
+    # Sums of up to 517 products in float32.
+    check([value, *pull_back(dout)], expected, jnp.float32, 2e-5)
+
+
+def test_bfloat16_stays_bfloat16():
+    x, gate_up, down, dout = arrays(23, jnp.bfloat16)
+    expected = exact(x, gate_up, down, SIZES[23], dout)
+    sizes = jnp.asarray(SIZES[23], jnp.int32)
+    # The hidden rows and the activation are rounded to 8 bits before the second product.
+    for implementation in ("xla", "composed"):
+        found = [out(x, gate_up, down, sizes, implementation)]
+        check(found, expected[:1], jnp.bfloat16, 2**-6)
+
+
+def test_rows_past_the_sum_may_hold_anything():
+    x, gate_up, down, _ = arrays(600)
+    sizes = jnp.asarray(SIZES[600], jnp.int32)
+    past_R1 = jnp.arange(600, dtype=jnp.int32)[:, None] >= sum(SIZES[600])
+    for implementation in ("xla", "composed"):
+        dirty = out(jnp.where(past_R1, jnp.nan, x), gate_up, down, sizes, implementation)
+        clean = out(x, gate_up, down, sizes, implementation)
+        np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("implementation", [None, "composed"])
+def test_group_offset_picks_the_matrices_of_one_layer(implementation):
+    x, gate_up, down, _ = arrays(23)
+    sizes = jnp.asarray(SIZES[23], jnp.int32)
+    stacks = [jnp.concatenate([w + 1, w, w - 1]) for w in (gate_up, down)]
+    found = grouped_swiglu(
+        x, *stacks, sizes, group_offset=jnp.int32(E), implementation=implementation
+    )
+    np.testing.assert_allclose(found, out(x, gate_up, down, sizes, "xla"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, g, d: (x, g[:, :, 1:], d), "2F"),
+        (lambda x, g, d: (x, g, d[1:]), "2F"),
+        (lambda x, g, d: (x, g[0], d), "rank 3"),
+        (lambda x, g, d: (x, g, d.astype(jnp.bfloat16)), "dtype"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, words):
+    x, gate_up, down, _ = arrays(23)
+    with pytest.raises(ValueError, match=words):
+        grouped_swiglu(*change(x, gate_up, down), jnp.asarray(SIZES[23], jnp.int32))
