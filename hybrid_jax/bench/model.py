@@ -34,8 +34,9 @@ class OursProcess:
     def perform(self, name: str, vocab_size: int) -> tasks.Result:
         return tasks.perform(self._side, name, vocab_size)
 
-    def matmul_gflops(self) -> float:
-        return self._ours.matmul_gflops()
+    def machine(self) -> tuple[float, float]:
+        """What the machine can do: float32 matmul GFLOP/s, and GB/s of memory read."""
+        return self._ours.matmul_gflops(), self._ours.memory_gigabytes()
 
     def lightning_prefill(self, length: int) -> float:
         """Seconds to prefill one row with a model of lightning layers alone."""
@@ -87,12 +88,12 @@ def run(preset: str, rounds: int, note) -> dict:
         path = _write_weights(config, pathlib.Path(directory), note)
         ours, theirs = Worker(OursProcess, path), Worker(TheirsProcess, path)
         try:
-            matmul, measured = _alternate(config, ours, theirs, rounds, note)
+            machine, measured = _alternate(config, ours, theirs, rounds, note)
             growth = _growth(ours, rounds, note)
         finally:
             ours.close()
             theirs.close()
-    return _report(config, measured, matmul, growth, rounds)
+    return _report(config, measured, machine, growth, rounds)
 
 
 def _write_weights(config: ModelConfig, directory: pathlib.Path, note) -> str:
@@ -105,16 +106,16 @@ def _write_weights(config: ModelConfig, directory: pathlib.Path, note) -> str:
 
 
 def _alternate(config, ours: Worker, theirs: Worker, rounds: int, note):
-    """(matmul rates, runs by task): outputs compared first, then `rounds` times in turn."""
+    """(rates of the machine, runs by task): outputs compared first, then `rounds` times in turn."""
     measured = {name: Measured() for name in tasks.NAMES}
-    matmul = []
+    machine = []
     for name in tasks.NAMES:
         task = measured[name]
         first, _ = ours.call("perform", name, config.vocab_size)
         reference, _ = theirs.call("perform", name, config.vocab_size)
         _compare(name, first.output, reference.output)
         for _ in range(rounds):
-            matmul.append(ours.call("matmul_gflops")[0])
+            machine.append(ours.call("machine")[0])
             result, task.peak_ours = ours.call("perform", name, config.vocab_size)
             task.ours.append(result.seconds)
             result, task.peak_theirs = theirs.call("perform", name, config.vocab_size)
@@ -122,7 +123,7 @@ def _alternate(config, ours: Worker, theirs: Worker, rounds: int, note):
         task.compile_seconds = max(0.0, first.seconds - statistics.median(task.ours))
         ratio = statistics.median(task.theirs) / statistics.median(task.ours)
         note(f"{name}: {ratio:.2f}x, compiled in {task.compile_seconds:.1f} s")
-    return matmul, measured
+    return machine, measured
 
 
 def _compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -154,8 +155,8 @@ def _growth(ours: Worker, rounds: int, note) -> float:
     return statistics.median(ratios)
 
 
-def _report(config, measured, matmul, growth, rounds) -> dict:
-    from hybrid_jax.model import flops
+def _report(config, measured, machine, growth, rounds) -> dict:
+    from hybrid_jax.model import flops, traffic
 
     rate = {
         side: {
@@ -168,13 +169,20 @@ def _report(config, measured, matmul, growth, rounds) -> dict:
     for name, length in tasks.PREFILL_LENGTHS.items():
         # The head runs on the last position only.
         work[name] = flops.forward_flops(config, length / 2, head=False)
+    moved = {
+        name: traffic.decode_bytes(config, batch, tasks.DECODE_CONTEXT) / batch
+        for name, batch in tasks.DECODE_BATCHES.items()
+    }
+    matmul, memory = (statistics.median(rates) for rates in zip(*machine, strict=True))
     return {
         "ratio": {name: rate["ours"][name] / rate["theirs"][name] for name in measured},
         "ours": rate["ours"],
         "theirs": rate["theirs"],
         "seconds": {name: dataclasses.asdict(task) for name, task in measured.items()},
         "gflops": {name: rate["ours"][name] * each / 1e9 for name, each in work.items()},
-        "matmul_gflops": statistics.median(matmul),
+        "matmul_gflops": matmul,
+        "gigabytes": {name: rate["ours"][name] * each / 1e9 for name, each in moved.items()},
+        "memory_gigabytes": memory,
         "peak_bytes": {
             "ours": {name: task.peak_ours for name, task in measured.items()},
             "theirs": {name: task.peak_theirs for name, task in measured.items()},
@@ -203,17 +211,19 @@ def _versions() -> dict:
 def table(report: dict) -> str:
     """The report as a Markdown table."""
     lines = [
-        "| task | ours, tokens/s | transformers, tokens/s | ratio | GFLOP/s | of matmul | "
+        "| task | ours, tokens/s | transformers, tokens/s | ratio | achieved | of the machine's | "
         "peak MiB, ours / theirs |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, ratio in report["ratio"].items():
-        achieved = report["gflops"].get(name)
-        share = f"{achieved / report['matmul_gflops']:.0%}" if achieved else "-"
+        if name in report["gflops"]:
+            achieved, unit, most = report["gflops"][name], "GFLOP/s", report["matmul_gflops"]
+        else:
+            achieved, unit, most = report["gigabytes"][name], "GB/s", report["memory_gigabytes"]
         peak = report["peak_bytes"]
         lines.append(
             f"| {name} | {report['ours'][name]:,.0f} | {report['theirs'][name]:,.0f} | "
-            f"{ratio:.2f}x | {f'{achieved:.0f}' if achieved else '-'} | {share} | "
+            f"{ratio:.2f}x | {achieved:.0f} {unit} | {achieved / most:.0%} | "
             f"{peak['ours'][name] >> 20} / {peak['theirs'][name] >> 20} |"
         )
     return "\n".join(lines)

@@ -38,13 +38,15 @@ class Ours:
         self._state = TrainState(jnp.int32(0), params, optimizer.init(params))
         self._step = step_lib.make_train_step(config, skeleton, optimizer)
 
-    def train(self, tokens_BT) -> Result:
+    def train(self, tokens_BT, steps: int) -> Result:
         batch = _next_token_batch(tokens_BT)
+        losses = []
         with Clock() as clock:
-            self._state, metrics = self._step(self._state, batch)
-            loss = float(metrics["loss"])
+            for _ in range(steps):
+                self._state, metrics = self._step(self._state, batch)
+                losses.append(float(metrics["loss"]))
             jax.block_until_ready(self._state)
-        return Result(clock.seconds, np.array([loss], np.float64))
+        return Result(clock.seconds, np.array(losses, np.float64))
 
     def prefill(self, tokens_BT) -> Result:
         return timed_prefill(self.model, tokens_BT)
@@ -93,6 +95,19 @@ def matmul_gflops(size: int = 2048, runs: int = 5) -> float:
             jax.block_until_ready(multiply(matrix, matrix))
         seconds.append(clock.seconds)
     return 2 * size**3 / min(seconds) / 1e9
+
+
+def memory_gigabytes(floats: int = 64 * 2**20, runs: int = 5) -> float:
+    """The rate at which the machine reads memory, in GB/s: the best of a few sums of an array."""
+    array = jnp.ones((1024, floats // 1024), jnp.float32)
+    total = jax.jit(lambda array: jnp.sum(array, axis=1))
+    jax.block_until_ready(total(array))
+    seconds = []
+    for _ in range(runs):
+        with Clock() as clock:
+            jax.block_until_ready(total(array))
+        seconds.append(clock.seconds)
+    return array.nbytes / min(seconds) / 1e9
 
 
 def _next_token_batch(tokens_BT) -> Batch:

@@ -7,6 +7,9 @@ import typing
 import numpy as np
 
 TRAIN_ROWS, TRAIN_LENGTH = 4, 1024
+# Updates in a row of a timed run: nobody trains one step, and a process that has waited for its
+# turn is slow in the first.
+TRAIN_STEPS = 3
 PREFILL_LENGTHS = {"prefill_1k": 1024, "prefill_4k": 4096, "prefill_16k": 16384}
 DECODE_CONTEXT = 512
 DECODE_BATCHES = {"decode_b1": 1, "decode_b8": 8}
@@ -21,14 +24,14 @@ class Result:
 
     seconds: float
     output: np.ndarray
-    """What is compared between the sides: a loss, logits of the last position, or token ids."""
+    """What is compared between the sides: losses, logits of the last position, or token ids."""
 
 
 class Side(typing.Protocol):
     """One implementation under test, alive in a process of its own."""
 
-    def train(self, tokens_BT: np.ndarray) -> Result:
-        """One update (forward, loss on the next token, backward, clipping, AdamW); the loss."""
+    def train(self, tokens_BT: np.ndarray, steps: int) -> Result:
+        """Updates (forward, loss on the next token, backward, clipping, AdamW); the losses."""
 
     def prefill(self, tokens_BT: np.ndarray) -> Result:
         """Fill a cache; the logits of the last position."""
@@ -52,14 +55,14 @@ def tokens_measured(name: str) -> int:
     """Tokens that a timed run of a task handles."""
     if name in DECODE_BATCHES:
         return DECODE_BATCHES[name] * DECODE_TOKENS
-    return PREFILL_LENGTHS.get(name, TRAIN_ROWS * TRAIN_LENGTH)
+    return PREFILL_LENGTHS.get(name, TRAIN_STEPS * TRAIN_ROWS * TRAIN_LENGTH)
 
 
 def perform(side: Side, name: str, vocab_size: int) -> Result:
     """One run of the task called `name`."""
     tokens_BT = tokens_of(name, vocab_size)
     if name == "train":
-        return side.train(tokens_BT)
+        return side.train(tokens_BT, TRAIN_STEPS)
     if name in PREFILL_LENGTHS:
         return side.prefill(tokens_BT)
     return side.decode(tokens_BT, DECODE_TOKENS)

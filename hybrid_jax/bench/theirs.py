@@ -29,21 +29,25 @@ class Transformers:
             self._model.parameters(), lr=1e-8, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
 
-    def train(self, tokens_BT) -> Result:
-        torch = self._torch
-        tokens = torch.from_numpy(tokens_BT).long()
+    def train(self, tokens_BT, steps: int) -> Result:
+        tokens = self._torch.from_numpy(tokens_BT).long()
         self._model.train()
         with Clock() as clock:
-            logits = self._model(input_ids=tokens, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            losses = [self._update(tokens) for _ in range(steps)]
         self._model.eval()
-        return Result(clock.seconds, np.array([loss.item()], np.float64))
+        return Result(clock.seconds, np.array(losses, np.float64))
+
+    def _update(self, tokens) -> float:
+        torch = self._torch
+        logits = self._model(input_ids=tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
     def prefill(self, tokens_BT) -> Result:
         with Clock() as clock, self._torch.inference_mode():

@@ -43,7 +43,8 @@ def run(args: Args) -> int:
         return 1
     print(model.table(report))
     print(
-        f"\nfloat32 matmul {report['matmul_gflops']:.0f} GFLOP/s; prefill time per token at 64k "
+        f"\nfloat32 matmul {report['matmul_gflops']:.0f} GFLOP/s, memory "
+        f"{report['memory_gigabytes']:.1f} GB/s; prefill time per token at 64k "
         f"over 4k, lightning layers alone: {report['prefill_growth_4k_64k']:.2f}"
     )
     if args.json is not None:

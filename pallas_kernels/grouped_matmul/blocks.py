@@ -2,9 +2,9 @@
 
 Each group is cut into blocks from the largest size down, and a loop with a traced trip count runs
 over each size; only the last, smallest block may reach past its group, and is masked. So no row is
-copied to a padded layout, and the waste is under one smallest block a group. Carries are updated in
-place: XLA copies the whole carry in the branches of a `lax.switch`, but not in loops, which is why a
-choice of block size is a loop of zero or one trips.
+copied to a padded layout, and the waste is under one smallest block a group. Carries are updated
+in place: XLA copies the whole carry in the branches of a `lax.switch`, but not in loops, which is
+why a choice of block size is a loop of zero or one trips.
 """
 
 from collections.abc import Callable
