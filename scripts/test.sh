@@ -16,8 +16,10 @@ workers() {
 }
 
 make_environment "$venv" test-core "${TORCH:-torch}"
-say "Lint and import contracts"
+say "Lint, types and import contracts"
 "$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check --quiet .
+"$venv/bin/mypy"
 "$venv/bin/lint-imports" --no-logo
 say "Tests"
 "$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --durations 15 "$@"

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import statistics
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class OursProcess:
 
         self._ours = ours
         self._side = ours.Ours(directory)
-        self._lightning = None
+        self._lightning: Any = None
 
     def perform(self, name: str, vocab_size: int) -> tasks.Result:
         return tasks.perform(self._side, name, vocab_size)
@@ -46,9 +47,9 @@ class OursProcess:
             config = self._ours.lightning_only(self._side.model.config)
             self._lightning = model.build(config)
         tokens_BT = np.random.default_rng(0).integers(
-            0, self._lightning.config.vocab_size, (1, length), dtype=np.int32
+            0, self._lightning.config.vocab_size, (1, length)
         )
-        return self._ours.timed_prefill(self._lightning, tokens_BT).seconds
+        return self._ours.timed_prefill(self._lightning, tokens_BT.astype(np.int32)).seconds
 
 
 class TheirsProcess:
@@ -199,7 +200,7 @@ def _report(config, measured, machine, growth, rounds) -> dict:
 
 def _versions() -> dict:
     packages = ("hybrid-jax", "jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-    found = {}
+    found: dict[str, str | None] = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)

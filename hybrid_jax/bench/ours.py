@@ -56,8 +56,8 @@ class Ours:
         spent = {}
         for count in (1, new_tokens + 1):
             with Clock() as clock:
-                out = inference.generate(self.model, tokens_BT, max_new_tokens=count)
-                out = np.asarray(jax.block_until_ready(out))
+                new = inference.generate(self.model, tokens_BT, max_new_tokens=count)
+                out = np.asarray(jax.block_until_ready(new))
             spent[count] = clock.seconds
         return Result(spent[new_tokens + 1] - spent[1], out[:, :new_tokens])
 

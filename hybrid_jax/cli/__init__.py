@@ -80,5 +80,3 @@ def _usage() -> str:
             "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input.",
         ]
     )
-
-

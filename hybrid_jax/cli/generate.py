@@ -52,7 +52,9 @@ def run(args: Args) -> int:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give a checkpoint or a training run.")
     tokenizer = _tokenizer(directory) if not args.token_ids else None
-    ids = list(args.token_ids) or tokenizer.encode(_prompt(args)).ids
+    ids = list(args.token_ids)
+    if tokenizer is not None:
+        ids = tokenizer.encode(_prompt(args)).ids
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
     model = hybrid_jax.load(directory, dtype=args.dtype)

@@ -15,8 +15,9 @@ class Batch(NamedTuple):
     """int32 inputs."""
     targets_BT: np.ndarray
     """int32 token that follows each input in the same document."""
-    segment_ids_BT: np.ndarray
-    """int32, from 1 in each row, one number a document (or piece of one); 0 is padding."""
+    segment_ids_BT: np.ndarray | None
+    """int32, from 1 in each row, one number a document (or piece of one); 0 is padding.
+    None: every row is one segment without padding."""
     positions_BT: np.ndarray
     """int32, from 0 in each segment."""
     weights_BT: np.ndarray

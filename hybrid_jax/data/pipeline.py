@@ -3,6 +3,7 @@
 import collections.abc
 
 import grain
+import numpy as np
 
 from hybrid_jax.data import batch as batch_lib
 from hybrid_jax.data.windows import WindowIndex
@@ -64,5 +65,5 @@ def evaluation_batches(windows: WindowIndex, batch_size: int, limit: int | None 
         numbers = [idx * len(numbers) // wanted for idx in range(wanted)]
     for begin in range(0, len(numbers), batch_size):
         rows = [windows[idx] for idx in numbers[begin : begin + batch_size]]
-        empty = batch_lib.Batch(*(column * 0 for column in rows[0]))
+        empty = batch_lib.Batch(*(np.zeros_like(column) for column in rows[0]))
         yield batch_lib.stack(rows + [empty] * (batch_size - len(rows)))

@@ -1,5 +1,7 @@
 """Floating-point operations of a forward pass, from the configuration alone."""
 
+from collections.abc import Callable
+
 from hybrid_jax.config import layers
 from hybrid_jax.config.model import ModelConfig
 
@@ -41,5 +43,8 @@ def _moe(ffn: layers.MoeFfn, D: int) -> float:
     return 2.0 * D * ffn.num_experts + 6.0 * D * active
 
 
-_MIXER_FLOPS = {layers.LightningAttention: _lightning, layers.SoftmaxAttention: _softmax}
-_FFN_FLOPS = {layers.DenseFfn: _dense, layers.MoeFfn: _moe}
+_MIXER_FLOPS: dict[type, Callable[..., float]] = {
+    layers.LightningAttention: _lightning,
+    layers.SoftmaxAttention: _softmax,
+}
+_FFN_FLOPS: dict[type, Callable[..., float]] = {layers.DenseFfn: _dense, layers.MoeFfn: _moe}

@@ -16,7 +16,7 @@ class Initialiser:
     starts with dims [N, C]; the embedding and the head have none.
     """
 
-    def __init__(self, key: jax.Array, dtype: str, std: float, stacked: tuple[int, ...] = ()):
+    def __init__(self, key: jax.Array, dtype, std: float, stacked: tuple[int, ...] = ()):
         self._key = key
         self._count = 0
         self._dtype = jnp.dtype(dtype)

@@ -60,9 +60,7 @@ class Stack(nnx.Module):
     def decode(self, x_BTD, context: Context, entries):
         """(x after the last layer, the new entries of the decode state, routing or None)."""
         lead = [(self.config.repeats, run.count) for run in self.config.pattern]
-        indices = tuple(
-            jnp.arange(n * c, dtype=jnp.int32).reshape(n, c) for n, c in lead
-        )
+        indices = tuple(jnp.arange(n * c, dtype=jnp.int32).reshape(n, c) for n, c in lead)
         whole = tuple(_flatten_lead(nnx.split(run)[1]) for run in self.runs)
         memory = tuple(_flatten_lead(entry) for entry in entries)
 

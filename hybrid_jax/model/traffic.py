@@ -1,5 +1,7 @@
 """Bytes that one decode step has to move, from the configuration alone."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from hybrid_jax.config import layers
@@ -16,7 +18,7 @@ def decode_bytes(config: ModelConfig, batch: int, context: int) -> float:
     look-up, and no activation.
     """
     weight = jnp.dtype(config.dtypes.parameters).itemsize
-    weights = count(abstract(config))
+    weights = float(count(abstract(config)))
     if not config.tie_embeddings:
         weights -= config.vocab_size * config.hidden_dim
     memory = 0.0
@@ -38,4 +40,7 @@ def _softmax(mixer: layers.SoftmaxAttention, context: int, config: ModelConfig) 
     return 2.0 * cache * mixer.num_kv_heads * mixer.head_dim * context
 
 
-_STATE_BYTES = {layers.LightningAttention: _lightning, layers.SoftmaxAttention: _softmax}
+_STATE_BYTES: dict[type, Callable[..., float]] = {
+    layers.LightningAttention: _lightning,
+    layers.SoftmaxAttention: _softmax,
+}

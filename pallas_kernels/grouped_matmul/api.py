@@ -60,7 +60,7 @@ def _backward(products, residuals, dout_RF):
 
 _with_gradient.defvjp(_forward, _backward)
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": functools.partial(_with_gradient, XLA),
     "ragged_dot": functools.partial(_with_gradient, RAGGED_DOT),
     "reference": reference.grouped_matmul,

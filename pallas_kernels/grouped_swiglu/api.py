@@ -1,6 +1,7 @@
 """The public op: two grouped matmuls around a gated activation, fused where that is faster."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,11 @@ def _backward(pull_back, dout_RD):
 
 _by_platform.defvjp(_forward, _backward)
 
-IMPLEMENTATIONS = {"automatic": _by_platform, "composed": _composed, "xla": xla.grouped_swiglu}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "automatic": _by_platform,
+    "composed": _composed,
+    "xla": xla.grouped_swiglu,
+}
 
 
 def grouped_swiglu(

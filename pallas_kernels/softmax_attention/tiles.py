@@ -90,7 +90,7 @@ def _side(index_BT, segment_BT, size, padding) -> Side:
 def visible(query: Side, key: Side):
     """Which key of one tile each query of one tile may see, [B, C, J]; sides without N."""
     seen_BCJ = query.index_NBC[:, :, None] >= key.index_NBC[:, None, :]
-    if query.segment_NBC is None:
+    if query.segment_NBC is None or key.segment_NBC is None:
         return seen_BCJ
     return seen_BCJ & (query.segment_NBC[:, :, None] == key.segment_NBC[:, None, :])
 
@@ -120,7 +120,7 @@ def clear(query: Side, key: Side):
     """Which pairs of tiles are wholly visible and need no mask, [N, U]; never too many."""
     first_NB, last_UB = query.index_NBC.min(-1), key.index_NBC.max(-1)
     clear_NUB = first_NB[:, None] >= last_UB[None, :]
-    if query.segment_NBC is not None:
+    if query.segment_NBC is not None and key.segment_NBC is not None:
         low_NB, high_UB = query.segment_NBC.min(-1), key.segment_NBC.max(-1)
         clear_NUB &= (low_NB == query.segment_NBC.max(-1))[:, None]
         clear_NUB &= (key.segment_NBC.min(-1) == high_UB)[None, :]

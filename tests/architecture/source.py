@@ -44,9 +44,7 @@ def imports(file: pathlib.Path) -> tuple[Import, ...]:
         elif isinstance(node, ast.ImportFrom):
             dots = "." * node.level
             stem = f"{dots}{node.module or ''}"
-            found.extend(
-                Import(f"{stem}.{alias.name}", node.lineno, lazy) for alias in node.names
-            )
+            found.extend(Import(f"{stem}.{alias.name}", node.lineno, lazy) for alias in node.names)
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             visit(child, lazy or inside)

@@ -43,9 +43,7 @@ def _greedy_by_whole_forward(name, prompt, count):
 def test_generation_is_greedy_per_row_and_fills_after_the_end():
     model, tokens = configs.built("text_01"), configs.tokens(2, 9)
     lengths = [9, 4]
-    out = np.asarray(
-        inference.generate(model, tokens, max_new_tokens=6, prompt_lengths=lengths)
-    )
+    out = np.asarray(inference.generate(model, tokens, max_new_tokens=6, prompt_lengths=lengths))
     for row, length in enumerate(lengths):
         expected = _greedy_by_whole_forward("text_01", tokens[row, :length], 6)
         np.testing.assert_array_equal(out[row], expected)

@@ -107,9 +107,7 @@ def test_what_is_recomputed_changes_no_gradient(remat):
 
 
 def test_bfloat16_keeps_its_borders():
-    dtypes = dataclasses.replace(
-        configs.m2().dtypes, parameters="bfloat16", compute="bfloat16"
-    )
+    dtypes = dataclasses.replace(configs.m2().dtypes, parameters="bfloat16", compute="bfloat16")
     model = models.abstract(dataclasses.replace(configs.m2(), dtypes=dtypes))
     assert model.stack.runs[0].ffn.router.dtype == jnp.float32
     assert model.stack.runs[0].ffn.correction_bias.dtype == jnp.float32

@@ -41,9 +41,7 @@ def test_rotary_turns_half_split_pairs_as_complex_numbers():
     x = np.random.default_rng(0).standard_normal((1, 5, 2, 10)).astype(np.float32)
     positions = np.array([[0, 1, 2, 7, 100]])
     pair = x[..., :3] + 1j * x[..., 3:6]
-    turned = pair * np.exp(
-        1j * positions[..., None, None] * 100.0 ** (-2 * np.arange(3) / 6)
-    )
+    turned = pair * np.exp(1j * positions[..., None, None] * 100.0 ** (-2 * np.arange(3) / 6))
     got = rotary.rotate(jnp.asarray(x), jnp.asarray(positions), rotary_dim=6, theta=100.0)
     # sin and cos of angles up to 100 in float32.
     np.testing.assert_allclose(got[..., :3], turned.real, atol=2e-5)

@@ -35,9 +35,7 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def _combine(y_RD, weight_TA, token_R, row_TA):
     """Weighted sum of each token's A rows, in float32."""
-    return jnp.einsum(
-        "tad,ta->td", y_RD[row_TA], weight_TA, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("tad,ta->td", y_RD[row_TA], weight_TA, preferred_element_type=jnp.float32)
 
 
 def _combine_fwd(y_RD, weight_TA, token_R, row_TA):
@@ -46,8 +44,10 @@ def _combine_fwd(y_RD, weight_TA, token_R, row_TA):
 
 def _combine_bwd(residuals, dout_TD):
     y_RD, weight_TA, token_R, row_TA = residuals
-    weight_R = jnp.zeros(token_R.shape, weight_TA.dtype).at[row_TA.reshape(-1)].set(
-        weight_TA.reshape(-1), unique_indices=True
+    weight_R = (
+        jnp.zeros(token_R.shape, weight_TA.dtype)
+        .at[row_TA.reshape(-1)]
+        .set(weight_TA.reshape(-1), unique_indices=True)
     )
     dout_RD = dout_TD[token_R]
     dy_RD = (weight_R[:, None] * dout_RD).astype(y_RD.dtype)
@@ -63,8 +63,10 @@ def _expert_order(expert_TA, num_experts: int):
     T, A = expert_TA.shape
     expert_R = expert_TA.reshape(-1)
     order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
-    row_R = jnp.zeros((T * A,), jnp.int32).at[order_R].set(
-        jnp.arange(T * A, dtype=jnp.int32), unique_indices=True
+    row_R = (
+        jnp.zeros((T * A,), jnp.int32)
+        .at[order_R]
+        .set(jnp.arange(T * A, dtype=jnp.int32), unique_indices=True)
     )
     sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
     return order_R // A, row_R.reshape(T, A), sizes_E
