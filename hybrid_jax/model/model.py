@@ -1,6 +1,7 @@
 """The model: tokens to embeddings, through the layers, a norm, and the output head."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,10 @@ class Model(nnx.Module):
 
         `segment_ids` int32 [B, T]: tokens see only earlier tokens of the same id; 0 is padding,
         where logits are finite and unspecified. `positions` count from 0 in each segment, unless
-        given.
+        given. Compiled once for each shape.
         """
-        return self.logits(self.hidden(tokens_BT, segment_ids, positions).x_BTD)
+        inputs = _checked(tokens_BT, segment_ids, positions)
+        return _logits(*nnx.split(self), *inputs)
 
     def hidden(self, tokens_BT, segment_ids=None, positions=None, state=None) -> Hidden:
         """The output of the final norm, continuing `state` if one is given.
@@ -109,6 +111,13 @@ class Model(nnx.Module):
             last_B = jnp.maximum(state.last_token_B, 0)
             before_BD = jnp.where(known_B1, self.embedding(last_B, dtype), before_BD)
         return shift_half(x_BTD, context.segment_ids_BT, before_BD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef, params, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
+    """The whole forward pass as one program: op by op, a first call takes half a minute."""
+    model = nnx.merge(graphdef, params)
+    return model.logits(model.hidden(tokens_BT, segment_ids_BT, positions_BT).x_BTD)
 
 
 def build(config: ModelConfig, seed: int = 0) -> Model:
