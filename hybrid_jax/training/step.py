@@ -44,25 +44,14 @@ def make_evaluation_step(
     """A compiled (params, batch) -> (sum of nats, sum of weights) over the batch's targets."""
 
     def evaluation_step(params: Named, batch: Batch):
-        model = skeleton.model(params)
-        hidden = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
-        sums = cross_entropy(
-            hidden.x_BTD,
-            model.head_kernel(),
-            batch.targets_BT,
-            batch.weights_BT,
-            chunk_tokens=config.loss.chunk_tokens,
-        )
+        sums, _ = _cross_entropy(config, skeleton, params, batch, z_loss=0.0)
         return sums.nll, jnp.sum(batch.weights_BT)
 
     return jax.jit(evaluation_step)
 
 
-def _loss(config, skeleton, params: Named, batch: Batch, share) -> tuple[jax.Array, Metrics]:
-    """What is minimised over (part of) a batch, and sums for the metrics.
-
-    `share` is the number of tokens in the whole batch: what the sums are divided by.
-    """
+def _cross_entropy(config, skeleton, params: Named, batch: Batch, z_loss: float):
+    """Sums of the loss over the targets of (part of) a batch, and the routers' statistics."""
     model = skeleton.model(params)
     hidden = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
     sums = cross_entropy(
@@ -70,18 +59,27 @@ def _loss(config, skeleton, params: Named, batch: Batch, share) -> tuple[jax.Arr
         model.head_kernel(),
         batch.targets_BT,
         batch.weights_BT,
-        z_loss=config.loss.z_loss,
+        z_loss=z_loss,
         chunk_tokens=config.loss.chunk_tokens,
     )
+    return sums, hidden.routing
+
+
+def _loss(config, skeleton, params: Named, batch: Batch, share) -> tuple[jax.Array, Metrics]:
+    """What is minimised over (part of) a batch, and sums for the metrics.
+
+    `share` is the number of tokens in the whole batch: what the sums are divided by.
+    """
+    sums, routing = _cross_entropy(config, skeleton, params, batch, config.loss.z_loss)
     metrics = {"loss": sums.nll / share, "tokens": jnp.sum(batch.weights_BT)}
     total = sums.total / share
-    if hidden.routing is not None:
+    if routing is not None:
         round_share = jnp.sum(batch.weights_BT) / share
-        balanced = balance.balance_loss(config.loss.balance, hidden.routing) * round_share
-        router_z = balance.router_z_loss(hidden.routing) * round_share
+        balanced = balance.balance_loss(config.loss.balance, routing) * round_share
+        router_z = balance.router_z_loss(routing) * round_share
         total = total + balanced + config.loss.router_z_loss * router_z
         metrics |= {"balance_loss": balanced, "router_z": router_z}
-        metrics["expert_hits"] = hidden.routing.hits_E
+        metrics["expert_hits"] = routing.hits_E
     return total, metrics
 
 
