@@ -1,4 +1,4 @@
-"""The command line: `hybrid-jax COMMAND ...`; exit codes 0 ok, 1 a check failed, 2 bad input."""
+"""The command line: `hybrid-jax COMMAND ...`; exit codes: see `_usage`."""
 
 import importlib
 import os
@@ -77,6 +77,6 @@ def _usage() -> str:
             *rows,
             "",
             "`hybrid-jax COMMAND --help` tells every option. HYBRID_JAX_TRACEBACK=1 shows where an",
-            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input.",
+            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input, 130 interrupted.",
         ]
     )

@@ -29,4 +29,6 @@ def restart_with_huge_pages() -> None:
         os.environ["GLIBC_TUNABLES"] = _TUNABLE
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "hybrid_jax.cli", *sys.argv[1:]])
+        # As it was called: `-m` in place of the installed script would search the user's folder for
+        # modules first, and run a yaml.py that lies there.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
