@@ -48,6 +48,8 @@ class TokenStore(NamedTuple):
         directory = pathlib.Path(directory)
         try:
             facts = json.loads((directory / f"{name}.json").read_text())
+            if not isinstance(facts, dict) or not {"tokens", "documents"} <= facts.keys():
+                raise ValueError(f"{name}.json must give `tokens` and `documents`")
             ids = np.load(directory / f"{name}.ids.npy", mmap_mode="r", allow_pickle=False)
             offsets = np.load(directory / f"{name}.offsets.npy", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -55,8 +57,11 @@ class TokenStore(NamedTuple):
                 f"The token store {directory / name} is missing or damaged ({error}). "
                 "Delete the directory to tokenise the text again."
             ) from error
-        if len(ids) != facts["tokens"] or len(offsets) != facts["documents"] + 1:
-            raise ValueError(f"The token store {directory / name} does not match its own record.")
+        if (len(ids), len(offsets) - 1) != (facts["tokens"], facts["documents"]):
+            raise ValueError(
+                f"The token store {directory / name} does not match its own record. Delete the "
+                "directory to tokenise the text again."
+            )
         return cls(ids, offsets)
 
     def check_vocabulary(self, vocab_size: int, what: str) -> None:

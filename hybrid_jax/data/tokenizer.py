@@ -27,18 +27,14 @@ class Tokenizer:
     @classmethod
     def load(cls, path) -> "Tokenizer":
         """Read a tokenizer.json. Raises FileNotFoundError or ValueError."""
-        path = pathlib.Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no tokenizer at {path}.")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        return cls(backend, str(path))
+        return cls(read_backend(path), str(path))
 
     def save(self, path) -> None:
-        """Write tokenizer.json."""
-        self.backend.save(str(path))
+        """Write tokenizer.json, whole or not at all."""
+        path = pathlib.Path(path)
+        beside = path.with_name(f"{path.name}.new")
+        self.backend.save(str(beside))
+        beside.replace(path)
 
     @property
     def vocab_size(self) -> int:
@@ -57,6 +53,17 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Text of ids; an end of document is dropped, broken UTF-8 becomes U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def read_backend(path) -> tokenizers.Tokenizer:
+    """The library's tokenizer in a tokenizer.json. Raises FileNotFoundError or ValueError."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no tokenizer at {path}.")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json: {error}.") from error
 
 
 def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> Tokenizer:

@@ -1,6 +1,8 @@
 """The tokenizer gives every text back, is the same every time, and keeps its special token."""
 
+import copy
 import json
+import pathlib
 
 import pytest
 
@@ -40,6 +42,19 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json is not a tokenizer.json"):
         data.Tokenizer.load(tmp_path / "bad.json")
+
+
+def test_a_torn_file_never_bears_the_name(tokenizer, tmp_path):
+    class FullDisk:
+        def save(self, path):
+            pathlib.Path(path).write_text("{")
+            raise OSError(28, "No space left on device")
+
+    torn = copy.copy(tokenizer)
+    torn.backend = FullDisk()
+    with pytest.raises(OSError, match="No space left"):
+        torn.save(tmp_path / "tokenizer.json")
+    assert not (tmp_path / "tokenizer.json").exists()
 
 
 def test_transformers_reads_the_exported_tokenizer(tokenizer, tmp_path):

@@ -123,6 +123,10 @@ def test_a_store_survives_disk_and_refuses_what_does_not_fit(tmp_path):
     big = data.TokenStore(np.array([1, 2, 3, 700], np.uint16), np.array([0, 2, 4]))
     with pytest.raises(ValueError, match=r"document 1 holds token id 700.*vocab_size=512"):
         big.check_vocabulary(512, "training text")
+    for bad in ("{}", "[]"):
+        (tmp_path / "training.json").write_text(bad)
+        with pytest.raises(ValueError, match=r"must give `tokens` and `documents`.*Delete the dir"):
+            data.TokenStore.load(tmp_path, "training")
     (tmp_path / "training.ids.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"training is missing or damaged"):
         data.TokenStore.load(tmp_path, "training")
