@@ -1,4 +1,4 @@
-"""Write a directory so that it appears whole or not at all."""
+"""Directories that appear whole or not at all, and those above them that go again on an error."""
 
 import contextlib
 import os
@@ -25,17 +25,47 @@ def new_directory(path, *, overwrite: bool = False):
             f"{path} exists and is not empty. Choose another destination, remove it, or ask to "
             "overwrite it."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
+    made = make(path.parent)
+    draft = None
     try:
+        draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
         # mkdtemp makes it private; a checkpoint is as public as its parent lets new directories be.
         draft.chmod(0o777 & ~_umask())
         yield draft
         _sync(draft)
         _replace(draft, path)
     except BaseException:
-        _remove(draft)
+        if draft is not None:
+            _remove(draft)
+        unmake(made)
         raise
+
+
+def make(path: pathlib.Path) -> list[pathlib.Path]:
+    """Make a directory and what is missing above it; returns what was missing, for `unmake`.
+
+    Raises NotADirectoryError if a file is in the way.
+    """
+    path = pathlib.Path(path).absolute()
+    missing = []
+    for place in (path, *path.parents):
+        if place.is_dir():
+            break
+        if os.path.lexists(place):
+            raise NotADirectoryError(
+                f"{path} cannot be made: {place} must be a directory; it is a file or a link to "
+                "none. Choose another place."
+            )
+        missing.append(place)
+    path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def unmake(made: list[pathlib.Path]) -> None:
+    """Remove directories that `make` made, as far as nothing lies in them."""
+    with contextlib.suppress(OSError):
+        for place in made:
+            place.rmdir()
 
 
 def _remove(draft: pathlib.Path) -> None:

@@ -48,16 +48,16 @@ def train(config: TrainConfig, path, *, resume: bool = False, stream=None) -> Ou
     """
     with observe.Progress(config.steps, stream=stream) as progress, StopSignal() as stop:
         if resume:
-            run = run_lib.resume(config, path)
+            directory = run_lib.resume(config, path)
             documents = lambda: run_lib.read_documents(config.data, progress.note)
         else:
             # Read first: a mistyped path must not leave a directory behind.
             found = run_lib.read_documents(config.data, progress.note)
             documents = lambda: found
-            run = run_lib.begin(config, path)
-        tokens = run_lib.prepare_tokens(config, run, documents, progress.note)
-        trainer = Trainer(config, run, tokens, progress)
-        return trainer.run(stop)
+            directory = run_lib.begin(config, path)
+        with directory as run:
+            tokens = run_lib.prepare_tokens(config, run, documents, progress.note)
+            return Trainer(config, run, tokens, progress).run(stop)
 
 
 class Trainer:
@@ -93,6 +93,8 @@ class Trainer:
         config = self._config
         with CheckpointStore(self._run.checkpoints, config.checkpoints.keep) as checkpoints:
             state = self._starting_state(checkpoints)
+            # Only now: a resume that is refused changes nothing.
+            run_lib.store_config(self._run, config)
             step = int(state.step)
             self._progress.start(step)
             self._progress.note("Compiling the update; the first step takes longer ...")

@@ -1,10 +1,16 @@
 """The directory of a run: what lies where, how it is begun, and how it is found again."""
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import pathlib
+import shutil
+import socket
 from collections.abc import Callable
 
 from hybrid_jax import data as data_lib
+from hybrid_jax.checkpoint import atomic
 from hybrid_jax.config import text
 from hybrid_jax.config.training import Text, TrainConfig
 from hybrid_jax.data import store as store_lib
@@ -40,6 +46,10 @@ class RunDirectory:
     def tokens(self) -> pathlib.Path:
         return self.path / "tokens"
 
+    @property
+    def lock(self) -> pathlib.Path:
+        return self.path / ".lock"
+
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
         if not self.config.is_file():
@@ -50,26 +60,35 @@ class RunDirectory:
         return text.read_yaml(TrainConfig, self.config)
 
 
-def begin(config: TrainConfig, path) -> RunDirectory:
-    """Claim an empty or new directory for a run and store its configuration there.
+@contextlib.contextmanager
+def begin(config: TrainConfig, path):
+    """Claim an empty or new directory for a run; yields it, locked, its configuration stored.
 
-    Raises FileExistsError if there is something in it already.
+    An error before the training itself, of which there is nothing to resume, leaves everything as
+    it was. Raises FileExistsError if there is something in the directory already, BlockingIOError
+    if another process holds it.
     """
     run = RunDirectory(pathlib.Path(path))
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise FileExistsError(
-            f"{run.path} already holds a run or other files. Continue it with --resume, or choose "
-            "another directory with --out."
-        )
-    run.path.mkdir(parents=True, exist_ok=True)
-    _store_config(run, config)
-    return run
+    _check_free(run)
+    made = atomic.make(run.path)
+    with _locked(run):
+        # Again, for another process may have been faster.
+        _check_free(run)
+        try:
+            store_config(run, config)
+            yield run
+        except Exception:
+            if not run.checkpoints.exists():
+                _take_back(run, made)
+            raise
 
 
-def resume(config: TrainConfig, path) -> RunDirectory:
-    """The directory of a run that `config` continues; only `steps` may have changed.
+@contextlib.contextmanager
+def resume(config: TrainConfig, path):
+    """The directory of a run that `config` continues, locked; only `steps` may have changed.
 
-    Raises FileNotFoundError if there is no run, ValueError listing what differs.
+    Raises FileNotFoundError if there is no run, ValueError listing what differs, BlockingIOError
+    if another process holds it. The new `steps` are not stored yet: they may be refused.
     """
     run = RunDirectory(pathlib.Path(path))
     stored = run.read_config()
@@ -83,14 +102,57 @@ def resume(config: TrainConfig, path) -> RunDirectory:
             + "\n".join(differences)
             + "\nLeave those options out, or start a new run with another --out."
         )
-    _store_config(run, config)
-    return run
+    with _locked(run):
+        yield run
 
 
-def _store_config(run: RunDirectory, config: TrainConfig) -> None:
+def store_config(run: RunDirectory, config: TrainConfig) -> None:
+    """Write RUN/config.yaml, whole or not at all."""
     beside = run.config.with_name("config.yaml.new")
     text.write_yaml(config, beside)
     beside.replace(run.config)
+
+
+def _check_free(run: RunDirectory) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise FileExistsError(f"{run.path} is a file; choose a directory with --out.")
+    # A process that was killed at once leaves its lock, which nobody holds then.
+    if run.path.exists() and any(path != run.lock for path in run.path.iterdir()):
+        raise FileExistsError(
+            f"{run.path} already holds a run or other files. Continue it with --resume, or choose "
+            "another directory with --out."
+        )
+
+
+@contextlib.contextmanager
+def _locked(run: RunDirectory):
+    """Nobody else trains in this directory meanwhile; the lock ends with the process, however."""
+    with run.lock.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BlockingIOError(
+                f"{run.path} is held by {file.read().strip() or 'another process'}, which trains "
+                "there. Wait until it ends, or choose another directory with --out."
+            ) from error
+        except OSError:
+            # A file system without locks: better no protection than no training.
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _take_back(run: RunDirectory, made: list[pathlib.Path]) -> None:
+    """Remove what `begin` and `prepare_tokens` made, and nothing else."""
+    shutil.rmtree(run.tokens, ignore_errors=True)
+    for file in (run.config, run.tokenizer, run.lock):
+        file.unlink(missing_ok=True)
+        # As it is called until it is whole.
+        file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+    atomic.unmake(made)
 
 
 def _changed_lines(stored: TrainConfig, wanted: TrainConfig):
@@ -151,7 +213,10 @@ def _tokenise(config: TrainConfig, run: RunDirectory, documents, note) -> None:
             "--data.heldout-fraction 0."
         )
     if run.tokenizer.exists():
-        tokenizer = data_lib.Tokenizer.load(run.tokenizer)
+        try:
+            tokenizer = data_lib.Tokenizer.load(run.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{error} Delete it to have one made from the text again.") from error
     else:
         tokenizer = _tokenizer(config, training, note)
         tokenizer.save(run.tokenizer)

@@ -161,7 +161,7 @@ def test_more_steps_are_allowed_and_anything_else_is_named(config, whole, tmp_pa
     fewer = text.from_dict(type(config), text.to_dict(config) | {"steps": 5})
     with pytest.raises(ValueError, match=r"steps=5, but .* has already done 8"):
         training.train(fewer, path, resume=True, stream=io.StringIO())
-    (path / "config.yaml").write_bytes(before)
+    assert (path / "config.yaml").read_bytes() == before
     with pytest.raises(FileExistsError, match=r"already holds a run.*--resume.*--out"):
         training.train(config, path)
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
