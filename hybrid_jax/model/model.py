@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hybrid_jax.config.model import ModelConfig
@@ -47,9 +48,10 @@ class Model(nnx.Module):
 
         `segment_ids` int32 [B, T]: tokens see only earlier tokens of the same id; 0 is padding,
         where logits are finite and unspecified. `positions` count from 0 in each segment, unless
-        given. Compiled once for each shape.
+        given. Compiled once for each shape. Raises ValueError for ids outside the vocabulary, in
+        padding too, unless they are traced.
         """
-        inputs = _checked(tokens_BT, segment_ids, positions)
+        inputs = _checked(tokens_BT, segment_ids, positions, self.config.vocab_size)
         return _logits(*nnx.split(self), *inputs)
 
     def hidden(self, tokens_BT, segment_ids=None, positions=None, state=None) -> Hidden:
@@ -89,7 +91,9 @@ class Model(nnx.Module):
         return states.initial_state(self.config, batch, capacity)
 
     def _context(self, tokens_BT, segment_ids, positions, state):
-        tokens_BT, segment_ids, positions = _checked(tokens_BT, segment_ids, positions)
+        tokens_BT, segment_ids, positions = _checked(
+            tokens_BT, segment_ids, positions, self.config.vocab_size
+        )
         B, T = tokens_BT.shape
         if positions is None and segment_ids is not None and state is None:
             positions = segment_positions(segment_ids)
@@ -144,8 +148,9 @@ def _advance(old: states.DecodeState, entries, tokens_BT, segment_ids_BT) -> sta
     return states.DecodeState(entries, old.lengths_B + count_B, last_B)
 
 
-def _checked(tokens_BT, segment_ids, positions):
+def _checked(tokens_BT, segment_ids, positions, vocab_size: int):
     """The three as int32 arrays of one shape [B, T] (the last two may be None), or ValueError."""
+    given_BT = tokens_BT
     tokens_BT = jnp.asarray(tokens_BT)
     if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise ValueError(
@@ -156,6 +161,8 @@ def _checked(tokens_BT, segment_ids, positions):
         raise ValueError(
             f"tokens_BT must hold at least one row and one token; got shape {tokens_BT.shape}."
         )
+    # As given, for JAX cuts 64 bits to 32: 2**32 + 1 would pass as 1.
+    _check_ids(given_BT if isinstance(given_BT, np.ndarray) else tokens_BT, vocab_size)
     checked = [tokens_BT.astype(jnp.int32)]
     for name, value in (("segment_ids", segment_ids), ("positions", positions)):
         value = None if value is None else jnp.asarray(value)
@@ -168,3 +175,16 @@ def _checked(tokens_BT, segment_ids, positions):
             value = value.astype(jnp.int32)
         checked.append(value)
     return tuple(checked)
+
+
+def _check_ids(ids_BT, vocab_size: int) -> None:
+    """ValueError for an id outside the vocabulary, which would silently be some other token."""
+    if isinstance(ids_BT, jax.core.Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
+        return
+    ids_BT = np.asarray(ids_BT)
+    lowest, highest = int(ids_BT.min()), int(ids_BT.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"Token ids must be below vocab_size={vocab_size} and not negative; got "
+            f"{lowest if lowest < 0 else highest}. Use the tokenizer the model was made for."
+        )

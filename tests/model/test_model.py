@@ -141,6 +141,10 @@ def test_logical_axes_cover_every_dim_of_every_parameter():
         (np.zeros((2, 0), np.int32), {}, r"at least one row and one token; got shape \(2, 0\)"),
         (np.zeros((4,), np.int32), {}, r"integer array of shape \[batch, time\]; got int32 \(4,\)"),
         (np.zeros((1, 4), np.float32), {}, "integer array.*got float32"),
+        (np.array([[0, configs.VOCAB]], np.int32), {}, "below vocab_size=48 .*; got 48"),
+        (jnp.array([[-1, 0]]), {}, "not negative; got -1"),
+        # In 32 bits it is 1.
+        (np.array([[2**32 + 1]], np.int64), {}, "below vocab_size=48 .*; got 4294967297"),
         (
             np.zeros((1, 4), np.int32),
             {"segment_ids": np.zeros((1, 3), np.int32)},
