@@ -7,6 +7,8 @@ import typing
 
 import tyro
 
+from hybrid_jax.cli import json_report
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -34,8 +36,7 @@ def run(args: Args) -> int:
 
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}.")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}.")
+    json_report.check_writable(args.json)
     try:
         report = model.run(args.preset, args.rounds, lambda text: print(text, file=sys.stderr))
     except model.Mismatch as error:

@@ -7,6 +7,8 @@ import typing
 
 import tyro
 
+from hybrid_jax.cli import json_report
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -39,8 +41,7 @@ def run(args: Args) -> int:
     """0 when converted; raises ValueError or OSError for bad input."""
     from hybrid_jax.checkpoint import convert
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {args.json.parent}.")
+    json_report.check_writable(args.json)
     with _progress_bar() as progress:
         summary = convert(
             args.src,

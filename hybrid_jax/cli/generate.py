@@ -9,6 +9,8 @@ import typing
 
 import tyro
 
+from hybrid_jax.cli import json_report
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -34,7 +36,7 @@ class Args:
     """Stop at this token; default: the end-of-document token of the tokenizer, if it has one."""
     dtype: str = "float32"
     """float32 or bfloat16."""
-    json: str | None = None
+    json: pathlib.Path | None = None
     """Also write prompt, tokens, text and timing to this file."""
 
 
@@ -48,6 +50,7 @@ def run(args: Args) -> int:
 
     import hybrid_jax
 
+    json_report.check_writable(args.json)
     directory = pathlib.Path(args.model)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give a checkpoint or a training run.")
@@ -61,7 +64,7 @@ def run(args: Args) -> int:
     started = time.perf_counter()
     new = hybrid_jax.generate(
         model,
-        np.asarray([ids], np.int32),
+        np.asarray([ids]),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -74,9 +77,9 @@ def run(args: Args) -> int:
     text = tokenizer.decode(ids + new) if tokenizer else " ".join(map(str, new))
     print(text)
     print(f"[{len(new)} tokens in {seconds:.1f} s, compiling included]", file=sys.stderr)
-    if args.json:
+    if args.json is not None:
         report = {"prompt": ids, "tokens": new, "text": text, "seconds": round(seconds, 3)}
-        pathlib.Path(args.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
 
 
@@ -87,12 +90,12 @@ def _prompt(args: Args) -> str:
 
 
 def _tokenizer(directory: pathlib.Path):
-    import tokenizers
+    from hybrid_jax.data.tokenizer import read_backend
 
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json; give the prompt as --token-ids.")
-    return tokenizers.Tokenizer.from_file(str(path))
+    return read_backend(path)
 
 
 def _end(args: Args, tokenizer) -> int | None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import tyro
+
+from hybrid_jax.cli import json_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,7 @@ def run(args: Args) -> int:
     """0 if the two sides agree, 1 if not; raises ValueError or OSError for bad input."""
     from hybrid_jax.parity.run import compare
 
-    if args.json is not None:
-        _check_writable(args.json)
+    json_report.check_writable(args.json)
     report = compare(
         args.path, tokens=args.tokens, rows=args.rows, new_tokens=args.new_tokens, seed=args.seed
     )
@@ -46,12 +46,3 @@ def run(args: Args) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0 if report.passed else 1
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Minutes of comparison are not spent before finding that their result has no place."""
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise ValueError(f"--json {path}: there is no directory {parent}.")
-    if path.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
-        raise ValueError(f"--json {path}: cannot be written as a file.")

@@ -33,6 +33,9 @@ def generate(
     0 is greedy. After `eos_id` a row is filled with it; decoding stops when all rows have ended.
     Raises ValueError for empty prompts, token ids outside the vocabulary and impossible sizes.
     """
+    # The keys of JAX hold 32 bits: a larger seed would draw what another one draws.
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be in [0, 2**32); got {seed}.")
     sampling = sampling_lib.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     tokens_BT, lengths_B = _checked(model, tokens_BT, prompt_lengths, max_new_tokens, eos_id)
     B, T = tokens_BT.shape

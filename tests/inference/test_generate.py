@@ -97,6 +97,7 @@ def test_top_k_and_top_p_keep_the_most_likely(top_k, top_p, allowed):
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"eos_id": 99}, r"eos_id must be in \[0, 48\)"),
+        ({"seed": 1 << 32}, r"seed must be in \[0, 2\*\*32\); got 4294967296"),
     ],
 )
 def test_bad_requests_are_refused(change, message):
