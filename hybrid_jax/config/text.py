@@ -48,7 +48,7 @@ def read_yaml(cls, path):
     """A config from a YAML file; ValueError names the file and what is wrong in it."""
     try:
         tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     try:
         return from_dict(cls, tree)
@@ -96,7 +96,7 @@ def _build_union(members, tree, path):
         raise ValueError(f"{path} must be one of {[m.__name__ for m in members]}; got {tree!r}.")
     kinds = {member.__name__: member for member in members}
     kind = tree.get("kind") if isinstance(tree, dict) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
             f"{path} needs `kind`, one of {sorted(kinds)}; got {kind!r}."
             f"{near_names(str(kind), kinds)}"
@@ -134,7 +134,10 @@ def _build_dataclass(cls, tree, path):
 
 def _build_scalar(annotation, value, path):
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{path} must be a number; got one larger than any float.") from None
     if annotation is float and isinstance(value, str):
         # YAML 1.1 reads 1e-6 (no point) as text.
         try:

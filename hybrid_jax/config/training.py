@@ -229,7 +229,9 @@ class TrainConfig:
 
     def __post_init__(self):
         _check(self, 1, "steps", "batch_size", "accumulate")
-        _check(self, 0, "seed")
+        # The keys of JAX hold 32 bits: a larger seed would be another one's run again.
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"TrainConfig.seed must be in [0, 2**32); got {self.seed!r}.")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}."

@@ -192,6 +192,8 @@ BAD = {
     "list no list": (native_config, {"layer_types": "full"}, "'layer_types' must be a"),
     "postnorm": (original_config, {"postnorm": 1}, "'postnorm' must be true or false"),
     "raw native": (native_config, {"postnorm": False}, "'postnorm' must be True"),
+    "dtype": (native_config, {"dtype": "float99"}, "'dtype' must be .*; got 'float99'"),
+    "dtype list": (original_config, {"torch_dtype": [3]}, r"'torch_dtype' must be .*; got \[3\]"),
     "gelu": (native_config, {"hidden_act": "gelu"}, "'hidden_act' must be 'silu'"),
     "window": (native_config, {"sliding_window": 128}, "'sliding_window' must be None"),
     "yarn": (

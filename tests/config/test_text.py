@@ -25,6 +25,11 @@ def _nano_with(change):
             r"pattern\[0\].layer.mixer needs `kind`.*Did you mean 'LightningAttention'",
         ),
         (
+            lambda t: t["pattern"][0]["layer"]["mixer"].update(kind=["Lightning"]),
+            r"pattern\[0\].layer.mixer needs `kind`.*got \['Lightning'\]",
+        ),
+        (lambda t: t.update(norm_eps=10**400), "norm_eps must be a number; got one larger"),
+        (
             lambda t: t["pattern"][1]["layer"]["mixer"].update(num_kv_heads=3),
             r"pattern\[1\].layer.mixer: num_heads=4 must be a multiple of num_kv_heads=3",
         ),
@@ -53,9 +58,11 @@ def test_numbers_written_without_a_point_are_numbers(tmp_path):
 
 
 def test_unreadable_yaml_names_the_file(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"config\.yaml is not readable YAML"):
-        text.read_yaml(model.ModelConfig, tmp_path / "config.yaml")
+    # Cut off, an impossible date, too deep.
+    for content in ("a: [", "a: 2026-13-45", "[" * 20000):
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.yaml is not readable YAML"):
+            text.read_yaml(model.ModelConfig, tmp_path / "config.yaml")
 
 
 def test_folding_finds_the_shortest_pattern():

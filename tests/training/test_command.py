@@ -70,6 +70,9 @@ def test_bad_input_exits_with_2_and_a_way_out(capsys, tmp_path):
     assert "There is no file or directory" in failing(capsys, *some)
     assert "schedule.peak" in failing(capsys, *some, "--schedule.peek", "1")
     assert "must be > 0; got -1.0" in failing(capsys, *some, "--schedule.peak", "-1")
+    assert "seed must be in [0, 2**32); got 4294967296" in failing(
+        capsys, *some, "--seed", str(2**32)
+    )
     assert "multiple of accumulate=3" in failing(capsys, *some, "--accumulate", "3")
     assert not (tmp_path / "run").exists()
 

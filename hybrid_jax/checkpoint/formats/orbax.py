@@ -229,7 +229,8 @@ def _read_index(path: pathlib.Path) -> dict:
 def _info(name: str, entry, path: pathlib.Path) -> protocol.TensorInfo:
     is_good = (
         isinstance(entry, dict)
-        and entry.get("dtype") in protocol.DTYPES
+        and isinstance(entry.get("dtype"), str)
+        and entry["dtype"] in protocol.DTYPES
         and isinstance(entry.get("shape"), list)
         and all(type(size) is int and size >= 0 for size in entry["shape"])
         and type(entry.get("group")) is int

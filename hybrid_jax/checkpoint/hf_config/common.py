@@ -8,6 +8,7 @@ from hybrid_jax.config import layers, model
 # What the released config classes use where a file does not say; none of them changes the network.
 _DEFAULT_POSITIONS = 131072
 _DEFAULT_INITIALIZER_RANGE = 0.02
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,9 @@ def read_model(fields: Fields, all_layers) -> model.ModelConfig:
     # Only SiLU, full attention and plain weights are computed here.
     fields.only("hidden_act", "silu")
     fields.only("sliding_window", None)
+    # Not read here, but transformers looks the name up in PyTorch.
+    for name in ("dtype", "torch_dtype"):
+        fields.only(name, None, *_DTYPES)
     for name in ("model_type", "quantization_config"):
         fields.get(name)
     pattern, repeats = model.fold_layers(all_layers)
