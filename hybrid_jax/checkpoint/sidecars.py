@@ -4,8 +4,10 @@ import pathlib
 import shutil
 
 from hybrid_jax.checkpoint.formats import orbax
+from hybrid_jax.checkpoint.formats.links import inside
 
 CONFIG_JSON, CONFIG_YAML = "config.json", "config.yaml"
+TEMPLATES = "additional_chat_templates"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken")
 
 
@@ -20,17 +22,21 @@ def find(directory) -> list[pathlib.Path]:
 
 
 def copy(paths, directory: pathlib.Path) -> None:
-    """Copy them into a directory."""
+    """Copy them into a directory; ValueError for a link that leads out of theirs."""
     for path in paths:
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name)
+        if path.name == TEMPLATES:
+            # What transformers reads there, and no folders below: a link to "." has no end.
+            (directory / path.name).mkdir()
+            for template in sorted(path.glob("*.jinja")):
+                name = f"{path.name}/{template.name}"
+                shutil.copyfile(inside(path.parent, name), directory / name)
         else:
-            shutil.copyfile(path, directory / path.name)
+            shutil.copyfile(inside(path.parent, path.name), directory / path.name)
 
 
 def _travels(path: pathlib.Path) -> bool:
     if path.is_dir():
-        return path.name == "additional_chat_templates"
+        return path.name == TEMPLATES
     if path.name.endswith(".index.json"):
         return False
     return path.suffix in _SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))

@@ -163,6 +163,26 @@ def test_tokenizer_and_company_travel_along(tmp_path):
         assert not (tmp_path / directory / ".cache").exists()
 
 
+def test_company_does_not_follow_links_out_of_the_directory(tmp_path):
+    config, tensors = _original()
+    source = published.write_directory(tmp_path / "src", config, tensors)
+    (tmp_path / "secret").write_text("mine")
+    (source / "additional_chat_templates").symlink_to(".")
+    (source / "chat_template.jinja").write_text("x")
+    convert(source, tmp_path / "dst", "hf")
+    assert os.listdir(tmp_path / "dst" / "additional_chat_templates") == ["chat_template.jinja"]
+    for name, target, message in (
+        ("vocab.txt", "../secret", "vocab.txt is a link to .*secret, outside the directory"),
+        ("tokenizer.json", "absent", "tokenizer.json is a link that leads to no file"),
+        ("tokenizer.json", "tokenizer.json", "tokenizer.json is a link that leads to no file"),
+    ):
+        (source / name).symlink_to(target)
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "other", "hf")
+        (source / name).unlink()
+    assert sorted(os.listdir(tmp_path)) == ["dst", "secret", "src"]
+
+
 Q = "model.layers.2.self_attn.q_proj.weight"
 
 
@@ -255,6 +275,7 @@ def test_a_damaged_orbax_directory_is_refused_by_name(tmp_path):
         (good.replace('"version": 1', '"version": 9'), "not an index of"),
         (good.replace('"published"', '"x"'), "`vocabulary`"),
         (good.replace('"F32"', '"F31"'), "needs dtype"),
+        (good.replace('"F32"', '["F32"]'), "needs dtype"),
         (good.replace('"group": 0', '"group": 7'), "weights/00007, which is missing"),
     ):
         assert bad != good

@@ -183,7 +183,7 @@ def test_a_bad_index_is_refused_by_name(tmp_path, change, message):
         HfDirectory(directory)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "[" * 20000])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", "[" * 20000])
 def test_an_index_that_is_no_index_is_refused(tmp_path, content):
     directory = _sharded(tmp_path)
     (directory / INDEX).write_text(content)
@@ -228,4 +228,8 @@ def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path):
     outside.mkdir()
     (outside / "model.safetensors").symlink_to(blobs / "f00")
     with pytest.raises(ValueError, match="outside the directory"):
+        HfDirectory(outside)
+    (outside / "model.safetensors").unlink()
+    (outside / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(ValueError, match="leads to no file"):
         HfDirectory(outside)

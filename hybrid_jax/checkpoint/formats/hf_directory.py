@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from hybrid_jax.checkpoint.formats.links import inside
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
 from hybrid_jax.checkpoint.formats.safetensors_writer import INDEX_NAME
@@ -54,7 +55,7 @@ class HfDirectory:
             file.close()
 
     def _add(self, name: str) -> None:
-        file = SafetensorsFile(_inside(self.path, name))
+        file = SafetensorsFile(inside(self.path, name))
         self._files[name] = file
         for tensor, info in file.tensors.items():
             if tensor in self._file_of:
@@ -89,11 +90,11 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
         return None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must be JSON with a `weight_map`; reading it gave {error!r}."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON with a `weight_map`: {error}.") from error
+    if not isinstance(index, dict) or "weight_map" not in index:
+        raise ValueError(f"{path} must be a JSON object with a `weight_map`; got {index!r:.80}.")
+    weight_map = index["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"{path}: `weight_map` must map tensor names to files; got {weight_map!r:.80}."
@@ -133,15 +134,3 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
     raise ValueError(
         f"{directory} holds no safetensors file (`model.safetensors` or shards with an index)."
     )
-
-
-def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """The file, if it really is in the directory or in the Hub cache's blobs behind it."""
-    path = directory / name
-    target, home = path.resolve(), directory.resolve()
-    # The Hub cache keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>.
-    if target.parent != home and target.parent != home.parent.parent / "blobs":
-        raise ValueError(
-            f"{path} is a link to {target}, outside the directory. Copy the file into {directory}."
-        )
-    return path
