@@ -27,6 +27,7 @@ from hybrid_jax.config import recipes
 from hybrid_jax.data.tokenizer import write_hugging_face
 from hybrid_jax.parity import measure, oracles, ours, report
 from hybrid_jax.parity import run as parity
+from hybrid_jax.training.run import RunDirectory
 
 # Held-out loss over unigram entropy that must be reached, and steps that reach it with a margin.
 TARGET, FEWEST_STEPS = 0.85, 220
@@ -56,8 +57,8 @@ def main() -> int:
         print(f"\n[{minutes}:{seconds:02d}] {words}", flush=True)
 
     run, export = args.out, args.out / "export"
-    if run.exists() and any(run.iterdir()) and not (run / "config.yaml").exists():
-        raise SystemExit(f"{run} holds something that is no run; choose another --out.")
+    if strange := foreign(run):
+        raise SystemExit(f"{run} is no run, it is or holds {strange}; choose another --out.")
     shutil.rmtree(run, ignore_errors=True)
     corpus = sysconfig.get_paths()["stdlib"]
     steps = args.steps or recipes.get("quickstart", corpus).steps
@@ -88,9 +89,22 @@ def main() -> int:
     return 0 if agree and verdict == "reached" else 1
 
 
+def foreign(run: pathlib.Path) -> str | None:
+    """What forbids to replace `run`: itself if it is a file, or a name in it that no run makes."""
+    if not run.exists() or (run / "config.yaml").exists():
+        return None
+    if not run.is_dir():
+        return "a file"
+    # Whatever a killed run, or a killed removal of one, may leave.
+    own = {path.name for path in RunDirectory(run).contents} | {"export"}
+    names = (path.name for path in run.iterdir())
+    return next((name for name in names if name.removesuffix(".new") not in own), None)
+
+
 def train(run: pathlib.Path, options: list[str], interrupt_at: int | None = None) -> None:
     """`hybrid-jax train` as its own process, sent what Ctrl-C sends after `interrupt_at` steps."""
-    command = [sys.executable, "-m", "hybrid_jax.cli", "train", "--out", str(run), *options]
+    # -P, or modules of the folder this is called from would be found before the installed ones.
+    command = [sys.executable, "-P", "-m", "hybrid_jax.cli", "train", "--out", str(run), *options]
     process = subprocess.Popen(command)
     while interrupt_at is not None and process.poll() is None:
         if len(observe.read_metrics(run / "metrics.jsonl")) >= interrupt_at:
@@ -101,7 +115,7 @@ def train(run: pathlib.Path, options: list[str], interrupt_at: int | None = None
         code = process.wait()
     except KeyboardInterrupt:
         process.wait()
-        raise SystemExit(f"Interrupted. `{' '.join(command[:6])} --resume` continues.") from None
+        raise SystemExit(f"Interrupted. `{' '.join(command[:7])} --resume` continues.") from None
     if code:
         raise SystemExit(code)
 

@@ -50,6 +50,12 @@ class RunDirectory:
     def lock(self) -> pathlib.Path:
         return self.path / ".lock"
 
+    @property
+    def contents(self) -> tuple[pathlib.Path, ...]:
+        """All that a run makes."""
+        stored = (self.config, self.metrics, self.checkpoints, self.curve, self.tokenizer)
+        return (*stored, self.tokens, self.lock)
+
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
         if not self.config.is_file():

@@ -8,6 +8,7 @@ import pytest
 
 from hybrid_jax import data, training
 from hybrid_jax.training import run as run_lib
+from scripts import quickstart
 from tests.training import small
 
 
@@ -78,3 +79,13 @@ def test_a_torn_tokenizer_says_how_to_go_on(tmp_path):
         run.tokenizer.write_text("{")
     with pytest.raises(ValueError, match=r"not a tokenizer.json: .*Delete it to have one made"):
         training.train(config, run.path, resume=True, stream=io.StringIO())
+
+
+def test_the_quickstart_replaces_leftovers_of_a_run_and_nothing_else(tmp_path):
+    assert quickstart.foreign(tmp_path / "new") is None
+    for name in ("loss.png", ".lock", "config.yaml.new", "export"):
+        (tmp_path / name).write_text("")
+    assert quickstart.foreign(tmp_path) is None
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert quickstart.foreign(tmp_path) == "thesis.txt"
+    assert quickstart.foreign(tmp_path / "thesis.txt") == "a file"
