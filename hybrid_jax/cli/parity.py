@@ -25,7 +25,7 @@ class Args:
     json: pathlib.Path | None = None
     """Also write the numbers to this file."""
     tokens: int = 272
-    """Random tokens a row; the default crosses the 256-token block of lightning attention."""
+    """Random tokens a row, at least 3; the default crosses the 256-token block of lightning."""
     rows: int = 2
     """Rows of random tokens."""
     new_tokens: int = 64

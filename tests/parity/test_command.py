@@ -68,8 +68,11 @@ def test_bad_input_is_an_error_before_any_work(directory, tmp_path):
         parity.run(parity.Args(path=path, json=tmp_path / "absent" / "out.json"))
     with pytest.raises(ValueError, match="cannot be written as a file"):
         parity.run(parity.Args(path=path, json=tmp_path))
-    with pytest.raises(ValueError, match="tokens must be at least 2; got 1"):
-        parity.run(parity.Args(path=path, tokens=1))
+    with pytest.raises(ValueError, match="tokens must be at least 3; got 2"):
+        parity.run(parity.Args(path=path, tokens=2))
+    (tmp_path / "hybrid_jax.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must be a Hugging Face directory.*convert .* --format"):
+        parity.run(parity.Args(path=tmp_path))
     with pytest.raises((ValueError, OSError), match="nowhere"):
         parity.run(parity.Args(path=tmp_path / "nowhere"))
 
