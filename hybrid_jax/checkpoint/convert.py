@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -171,6 +172,10 @@ def _check_arguments(src, dst, format: str, dtype: str | None) -> None:
     check_format(format)
     if dtype is not None and dtype not in plans.DTYPE_TAGS:
         raise ValueError(f"dtype must be one of {', '.join(plans.DTYPE_TAGS)}; got {dtype!r}.")
-    src, dst = pathlib.Path(src).resolve(), pathlib.Path(dst).resolve()
+    for what, path in (("source", src), ("destination", dst)):
+        if not os.fspath(path):
+            raise ValueError(f"The {what} must be a directory; got an empty path.")
+    # Not Path.resolve, which raises where links run in a circle.
+    src, dst = (pathlib.Path(os.path.realpath(path)) for path in (src, dst))
     if src == dst or src in dst.parents or dst in src.parents:
         raise ValueError(f"Source {src} and destination {dst} must be apart; one holds the other.")

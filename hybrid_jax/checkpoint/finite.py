@@ -35,6 +35,6 @@ def check(array: np.ndarray, name: str, where: str) -> None:
     if bad:
         raise ValueError(
             f"{where}: tensor {name!r} holds {bad} values of {array.size} that are NaN or "
-            "infinite. The weights are damaged or their training diverged; pass check_finite=False "
-            "(--allow-nonfinite) to take them as they are."
+            "infinite. The weights are damaged or their training diverged; check_finite=False in "
+            "Python and `hybrid-jax convert --allow-nonfinite` take them as they are."
         )

@@ -21,9 +21,9 @@ class Args:
     Exit code 0: converted; 2: bad input, or a destination that cannot be written.
     """
 
-    src: typing.Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="SRC")]
+    src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Directory of the checkpoint."""
-    dst: typing.Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DST")]
+    dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Directory to create."""
     format: typing.Literal["orbax", "hf", "hf-original"]
     """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""

@@ -305,13 +305,19 @@ def test_an_existing_destination_is_kept_unless_it_may_be_replaced(tmp_path):
             convert(source, inside, "hf", overwrite=True)
 
 
-def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path):
+def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    # An empty shell variable, which must not mean the working directory.
+    for paths, what in ((("", "q"), "source"), (("q", ""), "destination")):
+        assert cli.main(["convert", *paths, "--format", "hf"]) == 2
+        assert f"The {what} must be a directory; got an empty path" in capsys.readouterr().err
     for source, format, dtype, message in (
         ("x", "hf-orignal", None, "no format 'hf-orignal'.*'hf-original'"),
         ("x", "hf", "int8", "dtype must be one of float32, bfloat16"),
         ("x", "hf", None, "x does not exist"),
         ("empty", "hf", None, "empty is no checkpoint"),
         ("file", "hf", None, "file is a file"),
+        ("loop", "hf", None, "loop does not exist"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         (tmp_path / "file").write_text("")
@@ -348,8 +354,22 @@ def test_a_destination_that_cannot_be_made_is_an_error(tmp_path):
     source = published.write_directory(tmp_path / "src", config, tensors)
     (tmp_path / "file").write_text("")
     # Root may write everywhere, but nobody below a file.
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match="file must be a directory"):
         convert(source, tmp_path / "file" / "dst", "hf")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="it is a file or a link"):
+        convert(source, tmp_path / "loop", "hf")
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop", "src"]
+
+
+def test_a_failure_takes_the_directories_above_along(tmp_path):
+    config, tensors = _original()
+    _bad_value(tensors)
+    source = published.write_directory(tmp_path / "src", config, tensors)
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ValueError, match=r"NaN or infinite.*`hybrid-jax convert --allow-nonfinite"):
+        convert(source, tmp_path / "deep" / "a" / "b", "hf")
+    assert not os.listdir(tmp_path / "deep")
 
 
 def test_the_command_reports_and_exits_as_promised(tmp_path, capsys):

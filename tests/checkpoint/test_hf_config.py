@@ -226,6 +226,11 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
         hf_config.read_json(tmp_path / "config.json")
 
 
+def test_a_config_that_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a readable file: Is a directory"):
+        hf_config.read_json(tmp_path)
+
+
 def test_harmless_fields_are_accepted():
     harmless = {
         "torch_dtype": "bfloat16",

@@ -64,12 +64,13 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_pickle_is_never_run(tmp_path):
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_never_run(tmp_path, protocol):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Bomb(), protocol))
     with pytest.raises(ValueError, match="pickle"):
         HfDirectory(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -12,6 +12,8 @@ from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 # The official library refuses longer headers too; a real one has a few megabytes at most.
 MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 1 << 26
+# What a pickle without a mark begins with: a mark, a list, a dict, a tuple or a global.
+_OLD_PICKLES = (b"(", b"]", b"}", b")", b"c")
 
 
 class SafetensorsFile:
@@ -54,7 +56,7 @@ class SafetensorsFile:
 def _read_header(file, path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     size = os.fstat(file.fileno()).st_size
     head = file.read(9)
-    _refuse_pickle(head, path)
+    _refuse_pickle(head, _last_byte(file, size), path)
     head = head[:8]
     if len(head) < 8:
         raise ValueError(
@@ -82,11 +84,19 @@ def _read_header(file, path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     return infos, {name: 8 + length + spans[name][1] for name in ordered}
 
 
-def _refuse_pickle(head: bytes, path) -> None:
+def _last_byte(file, size: int) -> bytes:
+    return os.pread(file.fileno(), 1, max(size - 1, 0))
+
+
+def _refuse_pickle(head: bytes, last: bytes, path) -> None:
     # Zip archives are torch.save's format since 1.6; 0x80 opens a bare pickle of protocol 2 to 5,
     # and a safetensors file whose header happens to be 640 bytes long, which goes on with "{".
     bare = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    if head.startswith(b"PK\x03\x04") or (bare and head[8:9] != b"{"):
+    # Protocols 0 and 1 have no mark: text of opcodes, which read as a length is beyond any header,
+    # up to a full stop.
+    length = int.from_bytes(head[:8], "little")
+    old = head[:1] in _OLD_PICKLES and last == b"." and length > MAX_HEADER_BYTES
+    if head.startswith(b"PK\x03\x04") or (bare and head[8:9] != b"{") or old:
         raise ValueError(
             f"{path} is a PyTorch pickle, whatever its name says, not safetensors. Pickles can run "
             "code and are never opened here; ask for the safetensors files of this model, or save "

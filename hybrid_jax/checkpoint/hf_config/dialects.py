@@ -51,6 +51,8 @@ def read_json(path) -> dict:
         raise ValueError(
             f"{path} is missing; a checkpoint needs it to say what its tensors mean."
         ) from error
+    except OSError as error:
+        raise ValueError(f"{path} must be a readable file: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
