@@ -53,8 +53,8 @@ def make(path: pathlib.Path) -> list[pathlib.Path]:
             break
         if os.path.lexists(place):
             raise NotADirectoryError(
-                f"{path} cannot be made: {place} must be a directory; it is a file or a link to "
-                "none. Choose another place."
+                f"{place} must be a directory; it is a file or a link to nothing. Choose another "
+                "place."
             )
         missing.append(place)
     path.mkdir(parents=True, exist_ok=True)
