@@ -119,6 +119,35 @@ install_project() {
   printf '%s\n' "$wanted" >>"$1/installed"
 }
 
+# What the `aot` extra means for the jax installed here, wheel by wheel.
+compiler_wheels() {
+  "$1/bin/python" - <<'PYTHON'
+import configparser, importlib.metadata
+setup = configparser.ConfigParser()
+setup.read("setup.cfg")
+jax = importlib.metadata.version("jax")
+pins = [r.partition(";")[0].strip() for r in importlib.metadata.requires("jax")]
+libtpu = next(pin for pin in pins if pin.startswith("libtpu"))
+for wheel in setup["options.extras_require"]["aot"].split():
+    if wheel.startswith("jax["):
+        print(libtpu, f"jax-cuda13-plugin=={jax}", f"jax-cuda13-pjrt=={jax}", sep="\n")
+    else:
+        print(wheel)
+PYTHON
+}
+
+# The compilers for absent TPUs and GPUs go into FOLDER/compilers, where hybrid_jax/targets finds them
+# and JAX does not: it would try each of them whenever it starts, and complain of what is missing.
+install_compilers() {
+  local wheels
+  mapfile -t wheels < <(compiler_wheels "$1")
+  if [ "$(cat "$1/compilers/installed" 2>/dev/null)" = "${wheels[*]}" ]; then return; fi
+  say "Installing compilers for TPUs and NVIDIA GPUs into $1/compilers (2 GB): ${wheels[*]}"
+  rm -rf "$1/compilers"
+  "$1/bin/python" -m pip install --quiet --no-deps --target "$1/compilers" "${wheels[@]}"
+  echo "${wheels[*]}" >"$1/compilers/installed"
+}
+
 make_environment() {
   local python
   # Two scripts started at once would install into each other's half-made environment.

@@ -6,4 +6,5 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 make_environment .venv test-core torch
-exec .venv/bin/python scripts/nightly.py "$@"
+install_compilers .venv
+PYTHONPATH="$PWD/.venv/compilers" exec .venv/bin/python scripts/nightly.py "$@"

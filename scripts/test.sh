@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh machine with Python 3.11 or newer to a tested checkout: lint, import contracts, tests.
 # Arguments go to pytest: bash scripts/test.sh tests/model -k decay
-# VENV names another environment than .venv; TORCH=no-torch leaves PyTorch out of it.
+# VENV names another environment than .venv; TORCH=no-torch leaves PyTorch out of it; AOT=aot installs
+# the compilers of TPUs and NVIDIA GPUs too (2 GB) and then also compiles every kernel for them.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -23,3 +24,10 @@ say "Lint, types and import contracts"
 "$venv/bin/lint-imports" --no-logo
 say "Tests"
 "$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --durations 15 "$@"
+if [ "${AOT:-}" = aot ]; then
+  install_compilers "$venv"
+  say "Tests that compile for TPUs and NVIDIA GPUs that are not here"
+  # In one process: a TPU compiler takes gigabytes and both cores.
+  PYTHONPATH="$PWD/$venv/compilers" CI=true "$venv/bin/python" -m pytest \
+    -m "aot and not nightly" --at-least 10 --durations 15
+fi

@@ -9,7 +9,7 @@ from tests.architecture import source
 # Each row may import every row below it and nothing beside it. Packages of later issues keep their
 # row here, so that their place is decided before their first line.
 LEVELS = (
-    ("hybrid_jax.config", "hybrid_jax.observe", "sharding", "pallas_kernels"),
+    ("hybrid_jax.config", "hybrid_jax.observe", "hybrid_jax.targets", "sharding", "pallas_kernels"),
     ("hybrid_jax.model",),
     ("hybrid_jax.checkpoint", "hybrid_jax.data"),
     ("hybrid_jax.training", "hybrid_jax.inference"),
