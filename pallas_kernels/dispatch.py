@@ -1,9 +1,84 @@
 """Choose the implementation of an op: the one named, or the first in order that accepts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.errors import Unsupported
+from pallas_kernels.target import TARGETS, Target
+
+
+class Choice(NamedTuple):
+    """What the automatic choice takes for one target, and why it passed over what comes before."""
+
+    name: str
+    refusals: dict[str, str]
+    """Reason by name of each implementation that was tried first and declined."""
+
+
+def choose(
+    order: Sequence[str],
+    why_not: Mapping[str, Callable[..., str | None]],
+    *args: Any,
+    **kwargs: Any,
+) -> dict[Target, Choice]:
+    """For every target, the first implementation of the order that can serve this call.
+
+    Args:
+      order: names to try in turn; the last one must take every call on every target.
+      why_not: by name, a function of the target and the call that looks at shapes, dtypes and
+        options and returns the reason why the implementation cannot serve it, or None. A name that
+        is missing takes all.
+      args, kwargs: the call; arrays may be abstract.
+    """
+    choices = {}
+    for target in TARGETS:
+        refusals: dict[str, str] = {}
+        for name in order:
+            reason = why_not[name](target, *args, **kwargs) if name in why_not else None
+            if reason is None:
+                choices[target] = Choice(name, refusals)
+                break
+            refusals[name] = reason
+        else:
+            raise ValueError(f"no implementation takes the call on {target}: {refusals}")
+    return choices
+
+
+class Plan(NamedTuple):
+    """An automatic or a named choice as a static argument: what runs where, and what to say."""
+
+    names: tuple[str, ...]
+    """The implementation of each of TARGETS."""
+    notes: tuple[tuple[Target, str], ...] = ()
+    """For target.announce: the targets on which this is the slow path."""
+
+
+def named(name: str) -> Plan:
+    """One implementation, whatever the target."""
+    return Plan((name,) * len(TARGETS))
+
+
+def plan(op_name: str, choices: Mapping[Target, Choice], *, slow: str | None) -> Plan:
+    """The choices, with a note for every accelerator where `slow` was what remained."""
+    notes = tuple(
+        (target, f"{op_name} on {target} takes the slow path, {slow!r}: {reasons}")
+        for target, choice in choices.items()
+        if choice.name == slow and target != "cpu"
+        if (reasons := "; ".join(f"{name}: {why}" for name, why in choice.refusals.items()))
+    )
+    return Plan(tuple(choices[target].name for target in TARGETS), notes)
+
+
+def demand(why_not: Callable[..., str | None] | None, *args: Any, **kwargs: Any) -> None:
+    """Raise Unsupported if the implementation a caller named serves the call on no target.
+
+    On which of the others it was meant to run is not known here; there its compiler refuses it.
+    """
+    if why_not is None:
+        return
+    reasons = {why_not(target, *args, **kwargs): target for target in reversed(TARGETS)}
+    if None not in reasons:
+        raise Unsupported("; ".join(f"for {reasons[key]}: {key}" for key in reversed(reasons)))
 
 
 def call(

@@ -1,6 +1,10 @@
 """Inside shard_map: which mesh axes an array varies over, made alike for the arguments of an op."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+from jax._src import config
 
 
 def alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
@@ -14,9 +18,27 @@ def alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
         for array in arrays
     ]
     union = frozenset().union(*axes)
-    return tuple(
-        jax.lax.pcast(array, tuple(union - own), to="varying")
-        if array is not None and union - own
-        else array
-        for array, own in zip(arrays, axes, strict=True)
-    )
+    return tuple(array if array is None else _vary(array, union) for array in arrays)
+
+
+def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a library's kernel run inside shard_map: its results vary over what its arguments do.
+
+    Its `pallas_call`s do not say over which axes their results vary, and JAX then refuses them.
+    """
+
+    def call(*arrays):
+        leaves = jax.tree.leaves(arrays)
+        axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+        with config._check_vma(False):
+            results = function(*arrays)
+        if not axes:
+            return results
+        return jax.tree.map(lambda x: _vary(x, axes), results)
+
+    return call
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(axes - jax.typeof(array).manual_axis_type.varying)
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
