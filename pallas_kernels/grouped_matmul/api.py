@@ -2,56 +2,53 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import dispatch, varying
-from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
+from pallas_kernels import dispatch, target, varying
+from pallas_kernels.grouped_matmul import mosaic_gpu, ragged_dot, reference, xla
+
+# The three matmuls of a module take group sizes [E] as int32:
+#   forward(x_RD, w_EDF, group_sizes_E, group_offset) -> out_RF
+#   input_gradient(dout_RF, w_EDF, group_sizes_E, group_offset) -> dx_RD
+#   weight_gradient(x_RD, dout_RF, group_sizes_E) -> dw_EDF, of the groups of this call
+MODULES: dict[str, ModuleType] = {"ragged_dot": ragged_dot, "mosaic_gpu": mosaic_gpu, "xla": xla}
+AUTOMATIC = ("ragged_dot", "mosaic_gpu", "xla")
+WHY_NOT = {"ragged_dot": ragged_dot.why_not, "mosaic_gpu": mosaic_gpu.why_not}
+
+_choose = functools.partial(dispatch.choose, AUTOMATIC, WHY_NOT)
 
 
-class Products(NamedTuple):
-    """The three matmuls of one implementation; each takes group sizes [E] as int32."""
+def _by_target(plan: dispatch.Plan, product: str, *arrays) -> jax.Array:
+    """One of the three matmuls, of the implementation named for the target compiled for.
 
-    forward: Callable[..., jax.Array]
-    """(x_RD, w_EDF, group_sizes_E, group_offset) -> out_RF"""
-    input_gradient: Callable[..., jax.Array]
-    """(dout_RF, w_EDF, group_sizes_E, group_offset) -> dx_RD"""
-    weight_gradient: Callable[..., jax.Array]
-    """(x_RD, dout_RF, group_sizes_E) -> dw_EDF, of the groups of this call"""
-
-
-XLA = Products(xla.forward, xla.input_gradient, xla.weight_gradient)
-RAGGED_DOT = Products(ragged_dot.forward, ragged_dot.input_gradient, ragged_dot.weight_gradient)
-
-
-def _by_platform(name: str, *arrays) -> jax.Array:
-    """The product for the platform compiled for; the choice is made when the program is lowered."""
-    return lax.platform_dependent(
-        *arrays, tpu=getattr(RAGGED_DOT, name), default=getattr(XLA, name)
-    )
-
-
-# The choice is made inside each product, under the custom gradient: differentiating through
-# platform_dependent would keep residuals of every branch.
-BY_PLATFORM = Products(*(functools.partial(_by_platform, name) for name in Products._fields))
+    The choice is made inside each product, under the custom gradient: differentiating through it
+    would keep residuals of every branch.
+    """
+    branches = {
+        where: getattr(MODULES[name], product)
+        for where, name in zip(target.TARGETS, plan.names, strict=True)
+    }
+    return target.select(branches, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradient(products: Products, x_RD, w_EDF, group_sizes_E, group_offset):
-    return products.forward(x_RD, w_EDF, group_sizes_E, group_offset)
+def _with_gradient(plan: dispatch.Plan, *arrays):
+    return _forward(plan, *arrays)[0]
 
 
-def _forward(products, *arrays):
-    return products.forward(*arrays), arrays
+def _forward(plan, x_RD, *others):
+    x_RD = target.announce(plan.notes, x_RD)
+    return _by_target(plan, "forward", x_RD, *others), (x_RD, *others)
 
 
-def _backward(products, residuals, dout_RF):
+def _backward(plan, residuals, dout_RF):
     x_RD, w_EDF, group_sizes_E, group_offset = residuals
-    dx_RD = products.input_gradient(dout_RF, w_EDF, group_sizes_E, group_offset)
-    dw_EDF = products.weight_gradient(x_RD, dout_RF, group_sizes_E)
+    dx_RD = _by_target(plan, "input_gradient", dout_RF, w_EDF, group_sizes_E, group_offset)
+    dw_EDF = _by_target(plan, "weight_gradient", x_RD, dout_RF, group_sizes_E)
     if group_offset is not None:
         zeros_EDF = jnp.zeros_like(w_EDF)
         dw_EDF = lax.dynamic_update_slice_in_dim(zeros_EDF, dw_EDF, group_offset, axis=0)
@@ -60,9 +57,19 @@ def _backward(products, residuals, dout_RF):
 
 _with_gradient.defvjp(_forward, _backward)
 
+
+def _named(name: str) -> Callable[..., jax.Array]:
+    """The op by one implementation, whatever the target."""
+
+    def multiply(*arrays):
+        dispatch.demand(WHY_NOT.get(name), *arrays)
+        return _with_gradient(dispatch.named(name), *arrays)
+
+    return multiply
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": functools.partial(_with_gradient, XLA),
-    "ragged_dot": functools.partial(_with_gradient, RAGGED_DOT),
+    **{name: _named(name) for name in MODULES},
     "reference": reference.grouped_matmul,
 }
 DTYPES = ("float32", "bfloat16")
@@ -90,12 +97,14 @@ def grouped_matmul(
       group_offset: None, or an integer scalar: group e then uses w_EDF[group_offset + e]. So w may
         hold the groups of all layers: a scan that slices out one layer would copy all its groups,
         this reads only those with rows, which is what counts in decode.
-      implementation: "xla", "ragged_dot", "reference", or None for the automatic choice:
-        jax.lax.ragged_dot on TPU, which has it natively, and "xla" elsewhere. "ragged_dot" works
-        on every platform, but off TPU it multiplies every row by every matrix.
+      implementation: "ragged_dot" (jax.lax.ragged_dot), "mosaic_gpu" (JAX's kernels for Hopper),
+        "xla", "reference", or None for the first of them that can serve the call on the target
+        compiled for; `choices` says which. "ragged_dot" works on every platform, but off TPU it
+        multiplies every row by every matrix.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together; the message says which.
+      Unsupported: the implementation that was named cannot serve this call.
 
     Source: Gale et al., MegaBlocks (arXiv 2211.15841), for dropless experts as a grouped matmul.
     """
@@ -107,10 +116,19 @@ def grouped_matmul(
         group_offset = group_offset.astype(jnp.int32)
     arrays = varying.alike(x_RD, w_EDF, group_sizes_E, group_offset)
     if implementation is None:
-        return _with_gradient(BY_PLATFORM, *arrays)
+        slow = "xla" if x_RD.shape[0] >= mosaic_gpu.LEAST_ROWS * group_sizes_E.shape[0] else None
+        plan = dispatch.plan("grouped_matmul", _choose(*arrays), slow=slow)
+        return _with_gradient(plan, *arrays)
     return dispatch.call(
         "grouped_matmul", IMPLEMENTATIONS, (), *arrays, implementation=implementation
     )
+
+
+def choices(
+    x_RD, w_EDF, group_sizes_E, *, group_offset=None
+) -> dict[target.Target, dispatch.Choice]:
+    """What the automatic choice takes on each target, and why; arrays may be abstract."""
+    return _choose(x_RD, w_EDF, group_sizes_E, group_offset)
 
 
 def _check(x, w, sizes, offset) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels import dispatch, varying
+from pallas_kernels import dispatch, target, varying
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu import xla
 from pallas_kernels.grouped_swiglu.activation import gated
@@ -20,9 +19,25 @@ def _composed(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset):
     return matmul(gated(hidden_RX), down_EFD, group_sizes_E)
 
 
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla.grouped_swiglu,
+    "composed": _composed,
+}
+# By name: (target, *arrays) -> why this implementation does not serve the call, or None.
+WHY_NOT = {"xla": xla.why_not}
+# Tried in turn for each target a program may be compiled for. The last one takes every call.
+AUTOMATIC_ORDER = ("xla", "composed")
+
+
+def choices(*arrays) -> dict[target.Target, dispatch.Choice]:
+    """For every target, what a call without a gradient takes, and why not the others."""
+    return dispatch.choose(AUTOMATIC_ORDER, WHY_NOT, *arrays)
+
+
 @jax.custom_vjp
-def _by_platform(*arrays):
-    return lax.platform_dependent(*arrays, cpu=xla.grouped_swiglu, default=_composed)
+def _automatic(*arrays):
+    branches = {place: IMPLEMENTATIONS[choice.name] for place, choice in choices(*arrays).items()}
+    return target.select(branches, *arrays)
 
 
 def _forward(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset):
@@ -38,13 +53,7 @@ def _backward(pull_back, dout_RD):
     return *pull_back(dout_RD), None, None
 
 
-_by_platform.defvjp(_forward, _backward)
-
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "automatic": _by_platform,
-    "composed": _composed,
-    "xla": xla.grouped_swiglu,
-}
+_automatic.defvjp(_forward, _backward)
 
 
 def grouped_swiglu(
@@ -80,8 +89,10 @@ def grouped_swiglu(
     if group_offset is not None:
         group_offset = group_offset.astype(jnp.int32)
     arrays = varying.alike(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset)
+    if implementation is None:
+        return _automatic(*arrays)
     return dispatch.call(
-        "grouped_swiglu", IMPLEMENTATIONS, ("automatic",), *arrays, implementation=implementation
+        "grouped_swiglu", IMPLEMENTATIONS, (), *arrays, implementation=implementation
     )
 
 

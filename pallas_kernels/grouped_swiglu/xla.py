@@ -12,6 +12,13 @@ from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.grouped_swiglu.activation import gated
 
 
+def why_not(target, *_) -> str | None:
+    """Why a call that leaves the choice open does not get this on a target, or None."""
+    if target != "cpu":
+        return "the blocks are sized for a CPU's cache"
+    return None
+
+
 def grouped_swiglu(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset) -> jax.Array:
     """out_RD as in api.grouped_swiglu, without a gradient."""
     num_rows = x_RD.shape[0]

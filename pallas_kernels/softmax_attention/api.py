@@ -1,13 +1,20 @@
 """The public op: checks its arguments once, then hands them to one implementation."""
 
+import functools
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.softmax_attention import reference, xla
+from pallas_kernels import dispatch, target, varying
+from pallas_kernels.softmax_attention import cudnn, reference, splash, xla
 
-IMPLEMENTATIONS = {"xla": xla.softmax_attention, "reference": reference.softmax_attention}
-AUTOMATIC = ("xla",)
+# A module's forward and backward take the arrays in the order of the op's arguments, None where
+# one is missing; the forward returns the output and the logsumexp [B, T, H], the backward takes
+# these and the cotangent after the arrays.
+MODULES: dict[str, ModuleType] = {"splash": splash, "cudnn": cudnn, "xla": xla}
+AUTOMATIC = ("splash", "cudnn", "xla")
+WHY_NOT = {"splash": splash.why_not, "cudnn": cudnn.why_not}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -36,10 +43,12 @@ def softmax_attention(
       q_segment_ids: integer [B, T], 0 for padding; given with kv_segment_ids or not at all.
       kv_segment_ids: integer [B, S], 0 for padding.
       q_offset: integer [B], index of the first query in the keys; None for 0.
-      implementation: "xla", "reference", or None for the automatic choice.
+      implementation: "splash" (JAX's TPU kernel), "cudnn", "xla", "reference", or None for the
+        first of them that can serve the call on the target compiled for. `choices` says which.
 
     Raises:
       ValueError: shapes, dtypes or arguments that do not fit together; the message says which.
+      Unsupported: the implementation that was named cannot serve this call.
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691), for the blockwise form and its gradient.
     """
@@ -57,18 +66,68 @@ def softmax_attention(
     _check_integers("q_offset", q_offset, (B,))
     if not B * T * H * S * V:
         return jnp.zeros((B, T, H, V), q_BTHK.dtype)
+    arrays = varying.alike(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, q_offset)
+    if implementation is None:
+        # A single query waits for memory, which XLA reads as fast as a kernel would.
+        slow = "xla" if T > 1 else None
+        plan = dispatch.plan("softmax_attention", _choose(*arrays), slow=slow)
+        return _attention(plan, *arrays)
     return dispatch.call(
-        "softmax_attention",
-        IMPLEMENTATIONS,
-        AUTOMATIC,
-        q_BTHK,
-        k_BSGK,
-        v_BSGV,
-        q_segment_ids=q_segment_ids,
-        kv_segment_ids=kv_segment_ids,
-        q_offset=q_offset,
-        implementation=implementation,
+        "softmax_attention", IMPLEMENTATIONS, (), *arrays, implementation=implementation
     )
+
+
+def choices(
+    q_BTHK, k_BSGK, v_BSGV, *, q_segment_ids=None, kv_segment_ids=None, q_offset=None
+) -> dict[target.Target, dispatch.Choice]:
+    """What the automatic choice takes on each target, and why; arrays may be abstract."""
+    return _choose(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, q_offset)
+
+
+_choose = functools.partial(dispatch.choose, AUTOMATIC, WHY_NOT)
+
+
+def _by_target(plan: dispatch.Plan, function: str, *arrays):
+    """`forward` or `backward` of the implementation that is planned for the target compiled for."""
+    branches = {
+        where: getattr(MODULES[name], function)
+        for where, name in zip(target.TARGETS, plan.names, strict=True)
+    }
+    return varying.of_a_kernel(functools.partial(target.select, branches))(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: dispatch.Plan, *arrays):
+    return _forward(plan, *arrays)[0]
+
+
+def _forward(plan, q_BTHK, *others):
+    q_BTHK = target.announce(plan.notes, q_BTHK)
+    out_BTHV, logsumexp_BTH = _by_target(plan, "forward", q_BTHK, *others)
+    return out_BTHV, (q_BTHK, *others, out_BTHV, logsumexp_BTH)
+
+
+def _backward(plan, residuals, d_out_BTHV):
+    return *_by_target(plan, "backward", *residuals, d_out_BTHV), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _named(name: str):
+    """The op by one implementation, whatever the target."""
+
+    def attend(*arrays):
+        dispatch.demand(WHY_NOT.get(name), *arrays)
+        return _attention(dispatch.named(name), *arrays)
+
+    return attend
+
+
+IMPLEMENTATIONS = {
+    **{name: _named(name) for name in MODULES},
+    "reference": reference.softmax_attention,
+}
 
 
 def _check_arrays(q, k, v) -> None:

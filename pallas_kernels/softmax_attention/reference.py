@@ -6,9 +6,7 @@ import jax.numpy as jnp
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def softmax_attention(
-    q_BTHK, k_BSGK, v_BSGV, *, q_segment_ids=None, kv_segment_ids=None, q_offset=None
-):
+def softmax_attention(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, q_offset):
     """See api.softmax_attention; memory and time grow with T x S."""
     B, T, H, K = q_BTHK.shape
     _, S, G, V = v_BSGV.shape

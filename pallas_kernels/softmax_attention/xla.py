@@ -21,15 +21,6 @@ from pallas_kernels.softmax_attention import decode, tiles
 FORWARD_SCORES, BACKWARD_SCORES = 2**20, 2**19
 
 
-def softmax_attention(
-    q_BTHK, k_BSGK, v_BSGV, *, q_segment_ids=None, kv_segment_ids=None, q_offset=None
-):
-    """See api.softmax_attention. Differentiable in q, k and v, in reverse mode."""
-    B, T = q_BTHK.shape[:2]
-    offset_B = jnp.zeros(B, jnp.int32) if q_offset is None else q_offset.astype(jnp.int32)
-    return _attention(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, offset_B)
-
-
 def tile_size(batch: int, heads: int, length: int) -> int:
     """Tokens of a tile, from 128 to 512: two million scores at most over all rows and heads.
 
@@ -56,28 +47,25 @@ def _by_rows(function, scores: int, *args):
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-@jax.custom_vjp
-def _attention(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
-    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
-    return _attention_forward(*args)[0]
-
-
-def _attention_forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
-    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
+def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+    """Output in q's dtype, and the logsumexp [B, T, H] of each query's scores."""
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, _or_zeros(offset_B, q_BTHK))
     if q_BTHK.shape[1] == 1:
-        out_BTHV, logsumexp_BTH = decode.forward(*args)
-    else:
-        out_BTHV, logsumexp_BTH = _by_rows(_forward, FORWARD_SCORES, *args)
-    return out_BTHV, (*args, out_BTHV, logsumexp_BTH)
+        return decode.forward(*args)
+    return _by_rows(_forward, FORWARD_SCORES, *args)
 
 
-def _attention_backward(residuals, d_out_BTHV):
-    gradients = _by_rows(_backward, BACKWARD_SCORES, *residuals, d_out_BTHV)
-    gradients = [d_x.astype(x.dtype) for d_x, x in zip(gradients, residuals)]
-    return (*gradients, None, None, None)
+def backward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results):
+    """Gradients of q, k and v; `results` are the forward's and the cotangent of its output."""
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, _or_zeros(offset_B, q_BTHK))
+    gradients = _by_rows(_backward, BACKWARD_SCORES, *args, *results)
+    return tuple(d_x.astype(x.dtype) for d_x, x in zip(gradients, args))
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+def _or_zeros(offset_B, q_BTHK):
+    if offset_B is None:
+        return jnp.zeros(q_BTHK.shape[0], jnp.int32)
+    return offset_B.astype(jnp.int32)
 
 
 def _forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):

@@ -32,7 +32,7 @@ _IDS = {"q_segment_ids": np.ones((2, 3), np.int32), "kv_segment_ids": np.ones((2
             r"q_offset as integers of shape \(2,\), got float32",
         ),
         ({"q_offset": np.int32(0)}, r"got int32 of shape \(\)"),
-        ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of 'xla', 'reference'"),
+        ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of 'splash', 'cudnn'"),
     ],
 )
 def test_a_mistake_of_the_caller_is_named(kwargs, message):
