@@ -4,7 +4,12 @@
 # imported for the first time later would put its module where the function belongs.
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
-from pallas_kernels.lightning_attention.api import lightning_attention, lightning_decode
+from pallas_kernels.lightning_attention.api import lightning_attention
+from pallas_kernels.lightning_attention.decode_api import (
+    lightning_decode,
+    lightning_decode_slots,
+    lightning_extend,
+)
 from pallas_kernels.softmax_attention.api import softmax_attention
 
 __all__ = [
@@ -12,5 +17,7 @@ __all__ = [
     "grouped_swiglu",
     "lightning_attention",
     "lightning_decode",
+    "lightning_decode_slots",
+    "lightning_extend",
     "softmax_attention",
 ]

@@ -1,19 +1,26 @@
 """The public face of lightning attention: argument checks and the choice of implementation."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import dispatch, varying
-from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels import dispatch, target, varying
+from pallas_kernels.lightning_attention import checks, pallas_gpu, pallas_tpu, reference, xla
+from pallas_kernels.lightning_attention.gradient import Passes, attend
 
-_IMPLEMENTATIONS = {
-    "reference": reference.lightning_attention,
-    "xla": xla.lightning_attention,
+# Two passes each under one gradient rule; "reference" beside them is differentiated by JAX.
+PASSES = {
+    "xla": Passes(xla.forward, xla.backward),
+    "pallas_tpu": Passes(pallas_tpu.forward, pallas_tpu.backward),
+    "pallas_gpu": Passes(pallas_gpu.forward, pallas_gpu.backward),
 }
-_AUTOMATIC_ORDER = ("xla",)
+# By name: (target, q, k, v, ...) -> why this implementation cannot serve the call, or None.
+WHY_NOT = {"pallas_tpu": pallas_tpu.why_not, "pallas_gpu": pallas_gpu.why_not}
+# Tried in turn for each target a program may be compiled for. The last one takes every call.
+AUTOMATIC_ORDER = ("pallas_tpu", "pallas_gpu", "xla")
+_NAMES = dict.fromkeys(("reference", *PASSES))
 
 
 def lightning_attention(
@@ -40,8 +47,10 @@ def lightning_attention(
       segment_ids: `[B, T]` integers; None is one segment. 0 is padding: it neither writes nor
         decays the state, and yields zeros. A change of id resets the state; ids equal across
         padding continue.
-      implementation: "xla", "reference" (token by token, the definition), or None to choose.
-      interpret: True or a backend's interpret parameters, for Pallas implementations only.
+      implementation: "pallas_tpu", "pallas_gpu", "xla", "reference" (token by token, the
+        definition), or None to choose by the target compiled for: the kernel of its kind if it can
+        serve the call.
+      interpret: True or a backend's interpret parameters, with a Pallas implementation named.
 
     Returns:
       out `[B, T, H, V]` in q's dtype, and the state after each row's last segment
@@ -49,102 +58,54 @@ def lightning_attention(
 
     Raises:
       ValueError: shapes, dtypes or decays do not fit, or the implementation does not exist.
+      Unsupported: the named implementation cannot serve this call.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    if q.ndim != 4 or 0 in q.shape[2:]:
-        raise ValueError(f"q must have shape [B, T, H, K] with H, K >= 1, got {q.shape}")
+    compute = checks.check_qkv(q, k, v, "B T H")
     batch, length, heads, key_dim = q.shape
-    value_dim = v.shape[-1] if v.ndim == 4 else "V"
-    compute = _compute_dtype(q=q, k=k, v=v)
-    _check_shape("k", k, q.shape)
-    _check_shape("v", v, (batch, length, heads, value_dim))
-    log_decay = _check_log_decay(log_decay, heads, compute)
-    state_shape = (batch, heads, key_dim, value_dim)
+    log_decay = checks.check_log_decay(log_decay, heads, compute)
+    state_shape = (batch, heads, key_dim, v.shape[-1])
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, compute)
     else:
-        initial_state = _check_state("initial_state", initial_state, state_shape, compute)
+        initial_state = checks.check_state("initial_state", initial_state, state_shape, compute)
     if segment_ids is not None:
-        segment_ids = _check_segment_ids(segment_ids, (batch, length))
-    if interpret:
-        raise ValueError(
-            f"interpret={interpret!r} is for Pallas implementations; "
-            f"{' and '.join(_IMPLEMENTATIONS)} have nothing to interpret: leave it False"
-        )
+        segment_ids = checks.check_integers("segment_ids", segment_ids, (batch, length))
+    checks.check_choice(implementation, interpret, _NAMES)
     arrays = varying.alike(q, k, v, log_decay, initial_state, segment_ids)
-    return dispatch.call(
-        "lightning_attention", _IMPLEMENTATIONS, _AUTOMATIC_ORDER, *arrays,
-        implementation=implementation,
-    )  # fmt: skip
+    if implementation == "reference":
+        return reference.lightning_attention(*arrays)
+    if implementation is not None:
+        return attend(_named(implementation, interpret, arrays), *arrays)
+    chosen = choices(*arrays)
+    return attend(_by_target(tuple(chosen[place].name for place in target.TARGETS)), *arrays)
 
 
-def lightning_decode(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """One token of `lightning_attention`: the step from `state` to the next.
-
-    Args:
-      q, k: `[B, H, K]`; v: `[B, H, V]`; log_decay: `[H]`; state: `[B, H, K, V]`.
-
-    Returns:
-      out `[B, H, V]` in q's dtype and the new state, float32 (float64 for float64 q).
-
-    Raises:
-      ValueError: shapes, dtypes or decays do not fit.
-    """
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
-    if q.ndim != 3:
-        raise ValueError(f"q must have shape [B, H, K], got {q.shape}")
-    value_dim = v.shape[-1] if v.ndim == 3 else "V"
-    compute = _compute_dtype(q=q, k=k, v=v)
-    _check_shape("k", k, q.shape)
-    _check_shape("v", v, (*q.shape[:2], value_dim))
-    log_decay = _check_log_decay(log_decay, q.shape[1], compute)
-    state = _check_state("state", state, (*q.shape, value_dim), compute)
-    q_BHK, k_BHK, v_BHV = (x.astype(compute) for x in (q, k, v))
-    decay_1H11 = jnp.exp(log_decay)[None, :, None, None]
-    state = decay_1H11 * state + k_BHK[:, :, :, None] * v_BHV[:, :, None, :]
-    return jnp.einsum("bhk,bhkv->bhv", q_BHK, state).astype(q.dtype), state
+def choices(*arrays) -> dict[target.Target, dispatch.Choice]:
+    """For every target, the implementation the automatic choice takes, and why not the others."""
+    return dispatch.choose(AUTOMATIC_ORDER, WHY_NOT, *arrays)
 
 
-def _compute_dtype(**arrays: jax.Array) -> np.dtype:
-    for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating, got {x.dtype}")
-    # Not jnp.promote_types: under strict promotion it refuses bfloat16 beside float32.
-    return jnp.dtype(jnp.float64 if arrays["q"].dtype == jnp.float64 else jnp.float32)
+def _named(implementation: str, interpret: Any, arrays) -> Passes:
+    if interpret:
+        return _interpreted(implementation, interpret)
+    dispatch.demand(WHY_NOT.get(implementation), *arrays)
+    return PASSES[implementation]
 
 
-def _check_shape(name: str, x: jax.Array, expected: tuple[int | str, ...]) -> None:
-    if x.shape != expected:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name} must have shape [{wanted}] to go with q, got {list(x.shape)}")
+@functools.cache
+def _interpreted(implementation: str, interpret: Any) -> Passes:
+    return Passes(*(functools.partial(p, interpret=interpret) for p in PASSES[implementation]))
 
 
-def _check_state(name, state, shape, dtype) -> jax.Array:
-    state = jnp.asarray(state)
-    _check_shape(name, state, shape)
-    if not jnp.issubdtype(state.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating, got {state.dtype}")
-    return state.astype(dtype)
+@functools.cache
+def _by_target(names: tuple[str, ...]) -> Passes:
+    """Each pass of the implementation named for the target that the program is compiled for."""
 
+    def one(index):
+        branches = {
+            place: PASSES[name][index] for place, name in zip(target.TARGETS, names, strict=True)
+        }
+        return functools.partial(target.select, branches)
 
-def _check_segment_ids(segment_ids, shape):
-    segment_ids = jnp.asarray(segment_ids)
-    _check_shape("segment_ids", segment_ids, shape)
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids must be integers (int32), got {segment_ids.dtype}")
-    return segment_ids.astype(jnp.int32)
-
-
-def _check_log_decay(log_decay, heads: int, dtype) -> jax.Array:
-    if not isinstance(log_decay, jax.core.Tracer):
-        values = np.asarray(log_decay, np.float64)
-        if not (np.isfinite(values).all() and (values <= 0).all()):
-            raise ValueError(
-                "log_decay must be finite and <= 0 (the state decays by exp(log_decay) a token), "
-                f"got {values.tolist()}; for slopes s > 0 pass -s"
-            )
-    log_decay = jnp.asarray(log_decay)
-    _check_shape("log_decay", log_decay, (heads,))
-    return log_decay.astype(dtype)
+    return Passes(one(0), one(1))

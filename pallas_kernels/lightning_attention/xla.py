@@ -37,34 +37,26 @@ class _Decays(NamedTuple):
     keep_bH11: jax.Array  # after the chunk, of the state before it
 
 
-@functools.partial(jax.jit, static_argnames=("chunk",))
-def lightning_attention(
+def forward(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
     log_decay_H: jax.Array,
-    initial_state_BHKV: jax.Array,
+    state_BHKV: jax.Array,
     segment_ids_BT: jax.Array | None,
     chunk: int = _CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute in the state's dtype; linear in T in time and, with its gradient, in memory."""
-    return _attend(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state_BHKV, segment_ids_BT)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT):
-    segments = None if segment_ids_BT is None else _locate(segment_ids_BT)
+    """Outputs and final state, computed in the state's dtype; linear in T in time and memory."""
+    segments = None if segment_ids_BT is None else locate(segment_ids_BT)
     return _forward(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments)
 
 
-def _attend_forward(chunk, *arrays):
-    return _attend(chunk, *arrays), arrays
-
-
-def _attend_backward(chunk, arrays, cotangents):
-    q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT = arrays
-    dout_BTHV, dfinal_BHKV = cotangents
-    segments = None if segment_ids_BT is None else _locate(segment_ids_BT)
+def backward(
+    q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT, dout_BTHV, dfinal_BHKV,
+    chunk: int = _CHUNK,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Gradients of q, k, v and the initial state."""
+    segments = None if segment_ids_BT is None else locate(segment_ids_BT)
     # dq is the same attention with the roles (q, k, v) played by (dout, v, k).
     dq_BTHK, _ = _forward(
         chunk, dout_BTHV, v_BTHV, k_BTHK, log_decay_H, state_BHKV.swapaxes(2, 3), segments,
@@ -73,9 +65,17 @@ def _attend_backward(chunk, arrays, cotangents):
     dk_BTHK, dv_BTHV, dstate_BHKV = _backward(
         chunk, q_BTHK, k_BTHK, v_BTHV, dout_BTHV, log_decay_H, dfinal_BHKV, segments
     )
+    return dq_BTHK, dk_BTHK, dv_BTHV, dstate_BHKV
 
-    # Heads do not mix, so one tangent of ones gives every head's derivative. The compiler drops
-    # all of it where nobody asks for this gradient.
+
+def decay_gradient(
+    q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT, dout_BTHV, dfinal_BHKV,
+    chunk: int = _CHUNK,
+) -> jax.Array:  # fmt: skip
+    """Gradient of the log decays, by the derivative of the whole forward pass along them."""
+    segments = None if segment_ids_BT is None else locate(segment_ids_BT)
+
+    # Heads do not mix, so one tangent of ones gives every head's derivative.
     def of_decay(log_decay_H):
         return _forward(
             chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments,
@@ -84,11 +84,7 @@ def _attend_backward(chunk, arrays, cotangents):
 
     _, (tout_BTHV, tfinal_BHKV) = jax.jvp(of_decay, (log_decay_H,), (jnp.ones_like(log_decay_H),))
     dlog_decay_H = jnp.einsum("bthv,bthv->h", tout_BTHV, dout_BTHV.astype(tout_BTHV.dtype))
-    dlog_decay_H += jnp.einsum("bhkv,bhkv->h", tfinal_BHKV, dfinal_BHKV)
-    return dq_BTHK, dk_BTHK, dv_BTHV, dlog_decay_H, dstate_BHKV, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return dlog_decay_H + jnp.einsum("bhkv,bhkv->h", tfinal_BHKV, dfinal_BHKV)
 
 
 def _forward(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments, *, out_dtype=None):
@@ -176,7 +172,7 @@ def _paste(x_BTHK, chunk_BHCK, start):
     return jax.lax.dynamic_update_slice_in_dim(x_BTHK, chunk_BCHK, start, axis=1)
 
 
-def _locate(segment_ids_BT: jax.Array) -> _Segments:
+def locate(segment_ids_BT: jax.Array) -> _Segments:
     """Find the changes of id; padding (0) is none, nor are equal ids on both sides of it."""
     is_real_BT = segment_ids_BT != 0
     index_1T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None, :]

@@ -49,18 +49,21 @@ def make_inputs(case: Case, ids=None, dtype=jnp.float32) -> Inputs:
     return Inputs(q, k, v, np.asarray(LOG_DECAY[:heads], np.float32), initial, ids, dout, dfinal)
 
 
-def run(implementation: str, inputs: Inputs, *, with_ids=True) -> oracle.Results:
+def run(
+    implementation: str, inputs: Inputs, *, with_ids=True, interpret: Any = False
+) -> oracle.Results:
     """All results of an implementation."""
-    return oracle.Results(*_compiled(implementation, with_ids)(*inputs))
+    return oracle.Results(*_compiled(implementation, with_ids, interpret)(*inputs))
 
 
 @functools.cache
-def _compiled(implementation, with_ids):
+def _compiled(implementation, with_ids, interpret):
     def results(q, k, v, log_decay, initial, ids, dout, dfinal):
         def attend(q, k, v, log_decay, initial):
             return lightning_attention(
                 q, k, v, log_decay, initial_state=initial,
                 segment_ids=ids if with_ids else None, implementation=implementation,
+                interpret=interpret,
             )  # fmt: skip
 
         found, pullback = jax.vjp(attend, q, k, v, log_decay, initial)
@@ -69,11 +72,12 @@ def _compiled(implementation, with_ids):
     return jax.jit(results)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _attend(q, k, v, log_decay, initial, ids, *, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret"))
+def _attend(q, k, v, log_decay, initial, ids, *, implementation, interpret):
     return lightning_attention(
-        q, k, v, log_decay, initial_state=initial, segment_ids=ids, implementation=implementation
-    )
+        q, k, v, log_decay, initial_state=initial, segment_ids=ids,
+        implementation=implementation, interpret=interpret,
+    )  # fmt: skip
 
 
 def assert_close(found: oracle.Results, expected: oracle.Results, tolerance=TOLERANCE):
@@ -104,20 +108,25 @@ def packed_ids(length: int) -> np.ndarray:
 
 
 class Contract:
-    """Inherit, and name the implementation."""
+    """Inherit, and name the implementation; `interpret` where it is a Pallas kernel."""
 
     implementation: str
+    interpret: Any = False
+
+    def run(self, inputs: Inputs, *, with_ids=True) -> oracle.Results:
+        """All results."""
+        return run(self.implementation, inputs, with_ids=with_ids, interpret=self.interpret)
 
     def test_one_segment_equals_the_recurrence(self):
         inputs = make_inputs(CASES["odd"])
-        found = run(self.implementation, inputs, with_ids=False)
+        found = self.run(inputs, with_ids=False)
         assert_close(found, oracle.attention(*inputs))
         assert (found.out.dtype, found.final.dtype) == (jnp.float32, jnp.float32)
 
     def test_packed_rows_with_padding_equal_the_recurrence(self):
         ids = packed_ids(CASES["odd"].length)
         inputs = make_inputs(CASES["odd"]._replace(batch=len(ids)), ids)
-        found = run(self.implementation, inputs)
+        found = self.run(inputs)
         assert_close(found, oracle.attention(*inputs))
         assert not np.asarray(found.out)[ids == 0].any()
         np.testing.assert_array_equal(found.final[2], inputs.initial[2])
@@ -129,8 +138,8 @@ class Contract:
         spoilt = {
             name: jnp.where(is_real, getattr(inputs, name), jnp.nan) for name in ("q", "k", "v")
         }
-        found = run(self.implementation, inputs._replace(**spoilt))
-        for ours, theirs in zip(found, run(self.implementation, inputs), strict=True):
+        found = self.run(inputs._replace(**spoilt))
+        for ours, theirs in zip(found, self.run(inputs), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
     def test_packed_documents_equal_separate_ones(self):
@@ -149,7 +158,7 @@ class Contract:
             dfinal=packed.dfinal * np.float32([0, 0, 0, 1])[:, None, None, None],
             ids=(np.arange(149)[None] < lengths[:, None]).astype(np.int32),
         )
-        whole, parts = run(self.implementation, packed), run(self.implementation, separate)
+        whole, parts = self.run(packed), self.run(separate)
         for name in ("out", "dq", "dk", "dv"):
             together = np.concatenate(
                 [np.asarray(getattr(parts, name))[d, :n] for d, n in enumerate(lengths)]
@@ -165,13 +174,20 @@ class Contract:
         # Padding on both sides of every cut, and one document, so that the state is carried.
         ids = np.where(np.arange(149) % 7 == 3, 0, 5)[None].repeat(4, axis=0)
         inputs = make_inputs(CASES["odd"]._replace(batch=4), ids)
-        whole = run(self.implementation, inputs)
+        whole = self.run(inputs)
         for cut in (49, 64, 85, 100):
             state, outs = inputs.initial, []
             for part in (slice(None, cut), slice(cut, None)):
                 q, k, v, ids = (x[:, part] for x in (inputs.q, inputs.k, inputs.v, inputs.ids))
                 out, state = _attend(
-                    q, k, v, inputs.log_decay, state, ids, implementation=self.implementation
+                    q,
+                    k,
+                    v,
+                    inputs.log_decay,
+                    state,
+                    ids,
+                    implementation=self.implementation,
+                    interpret=self.interpret,
                 )
                 outs.append(out)
             split = whole._replace(out=jnp.concatenate(outs, axis=1), final=state)
@@ -179,7 +195,7 @@ class Contract:
 
     def test_bfloat16_inputs_lose_no_more_than_their_output_rounding(self):
         inputs = make_inputs(CASES["odd"], dtype=jnp.bfloat16)
-        found = run(self.implementation, inputs, with_ids=False)
+        found = self.run(inputs, with_ids=False)
         expected = oracle.attention(*inputs)
         assert found.out.dtype == found.dq.dtype == jnp.bfloat16
         # Half a unit in the last of 8 bits for what is rounded; the rest stays float32.
@@ -194,5 +210,5 @@ class Contract:
     @pytest.mark.parametrize("length", [0, 1])
     def test_no_token_and_one_token(self, length):
         inputs = make_inputs(CASES["odd"]._replace(length=length))
-        assert_close(run(self.implementation, inputs), oracle.attention(*inputs))
-        assert_close(run(self.implementation, inputs, with_ids=False), oracle.attention(*inputs))
+        assert_close(self.run(inputs), oracle.attention(*inputs))
+        assert_close(self.run(inputs, with_ids=False), oracle.attention(*inputs))

@@ -34,7 +34,7 @@ def _call(implementation=None, interpret=False, **changes):
         ({"initial": _INPUTS.initial.swapaxes(2, 3)}, r"initial_state must have.*\[2, 4, 8, 5\]"),
         ({"ids": _INPUTS.ids[:, 1:]}, r"segment_ids must have shape \[2, 149\]"),
         ({"ids": _INPUTS.ids.astype(np.float32)}, "segment_ids must be integers"),
-        ({"implementation": "pallas_tpu"}, "'pallas_tpu'; choose one of 'reference', 'xla'"),
+        ({"implementation": "cudnn"}, "'cudnn'; choose one of 'reference', 'xla'"),
         ({"interpret": True}, "nothing to interpret"),
         ({"interpret": True, "implementation": "xla"}, "nothing to interpret"),
     ],
