@@ -15,7 +15,8 @@ _COMMANDS = {
     "generate": "Continue a prompt with a checkpoint or a training run.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
-    "bench": "Measure the model against transformers on this machine.",
+    "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
+    "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
     "presets": "List the presets, or print one in full.",
 }
 

@@ -21,14 +21,26 @@ def restart_with_huge_pages() -> None:
     """
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
-    try:
-        offered = "[never]" not in _KERNEL_SETTING.read_text()
-    except OSError:
-        return
-    if offered:
+    if _offered():
         os.environ["GLIBC_TUNABLES"] = _TUNABLE
         sys.stdout.flush()
         sys.stderr.flush()
         # As it was called: `-m` in place of the installed script would search the user's folder for
         # modules first, and run a yaml.py that lies there.
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def state() -> str:
+    """How it stands on this machine, in words."""
+    if not _offered():
+        return "the kernel offers none"
+    if "GLIBC_TUNABLES" in os.environ:
+        return f"as GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']} says"
+    return "offered; train, generate and bench restart themselves to use them"
+
+
+def _offered() -> bool:
+    try:
+        return "[never]" not in _KERNEL_SETTING.read_text()
+    except OSError:
+        return False

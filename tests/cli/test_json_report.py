@@ -5,7 +5,7 @@ import pytest
 from hybrid_jax.cli import bench, convert, generate, parity
 
 COMMANDS = {
-    "bench": lambda json: bench.run(bench.Args("model", json=json)),
+    "bench": lambda json: bench.run(bench.Model(json=json)),
     "convert": lambda json: convert.run(convert.Args("absent", "dst", format="hf", json=json)),
     "generate": lambda json: generate.run(generate.Args("absent", json=json)),
     "parity": lambda json: parity.run(parity.Args("absent", json=json)),
