@@ -1,0 +1,1 @@
+"""Tests of the scripts that do more than call something else."""
