@@ -17,8 +17,8 @@ def _forward(hidden_RX):
 
 
 def _backward(hidden_RX, dout_RF):
-    # Both halves in one pass: JAX pads each half to the whole and adds, which on a CPU takes five
-    # times as long.
+    # Both halves in one pass: JAX pads each half to the whole and adds. Even a concatenation took
+    # 3.8 ms where this took 0.6 (2 CPU cores, float32, 16 blocks of 512 rows of 2 x 512).
     R, X = hidden_RX.shape
     hidden_R2F = hidden_RX.reshape(R, 2, X // 2)
     gate_R1F, up_R1F, dout_R1F = hidden_R2F[:, :1], hidden_R2F[:, 1:], dout_RF[:, None]
