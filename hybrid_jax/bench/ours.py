@@ -23,15 +23,17 @@ class Ours:
 
     def __init__(self, directory: str):
         self.model = checkpoint.load(directory)
+        # As in the quickstart's preset; a published config.json has no field for it.
+        model_config = dataclasses.replace(self.model.config, scan_layers=False)
         config = training.TrainConfig(
-            model=self.model.config,
+            model=model_config,
             data=training.Text(path="unused"),
             steps=10_000,
             # As the other side: cross-entropy alone. The rate is too small to move the weights.
             schedule=training.Schedule(peak=1e-8, warmup_steps=0, decay=training.Constant()),
             loss=training.Loss(balance=None),
         )
-        skeleton = Skeleton(self.model.config)
+        skeleton = Skeleton(model_config)
         optimizer = Optimizer(config, skeleton.axes)
         # A copy: the training step gives its parameters up, prefill and decode go on using theirs.
         params = jax.tree.map(jnp.copy, skeleton.named(self.model))

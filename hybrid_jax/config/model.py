@@ -69,6 +69,8 @@ class ModelConfig:
     """Precision of parameters and of computation."""
     remat: str = "none"
     """What the backward pass recomputes: none, full (whole layers), save_dots (all but matmuls)."""
+    scan_layers: bool = True
+    """Compile equal layers once, as a loop; else one by one: faster on a CPU, longer to compile."""
 
     def __post_init__(self):
         layers_lib.require_positive(self, "vocab_size", "hidden_dim", "repeats", "max_positions")

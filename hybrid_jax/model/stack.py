@@ -1,10 +1,11 @@
 """The layers in order, scanned twice: over the repeats of the pattern, and over each run in it.
 
-An 80-layer program so compiles one body for each run of the pattern: two for Text-01. Stacking is
-internal; nobody chooses it.
+An 80-layer program so compiles one body for each run of the pattern: two for Text-01. Parameters
+are always stacked; whether the forward pass loops over them is `ModelConfig.scan_layers`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +47,17 @@ class Stack(nnx.Module):
         bodies = [self._training_body(run, context) for run in self.runs]
         params = [nnx.split(run)[1] for run in self.runs]
 
+        scan = functools.partial(_scan, unroll=not self.config.scan_layers)
+
         def pattern(x_BTD, inputs):
             routings = []
             for body, xs in zip(bodies, inputs, strict=True):
-                x_BTD, routing = _scan(body, x_BTD, xs)
+                x_BTD, routing = scan(body, x_BTD, xs)
                 routings.append(routing)
             return x_BTD, tuple(routings)
 
         inputs = tuple(zip(params, self._layer_data(), strict=True))
-        x_BTD, routings = _scan(pattern, x_BTD, inputs)
+        x_BTD, routings = scan(pattern, x_BTD, inputs)
         return x_BTD, _in_layer_order(routings)
 
     def decode(self, x_BTD, context: Context, entries):
@@ -162,11 +165,11 @@ def _decode_body(run: LayerModule, params, context: Context):
     return body
 
 
-def _scan(body, carry, xs):
+def _scan(body, carry, xs, unroll=False):
     """jax.lax.scan, without a loop where there is but one step."""
     length = jax.tree.leaves(xs)[0].shape[0]
     if length > 1:
-        return jax.lax.scan(body, carry, xs)
+        return jax.lax.scan(body, carry, xs, unroll=unroll)
     carry, out = body(carry, jax.tree.map(lambda leaf: leaf[0], xs))
     return carry, jax.tree.map(lambda leaf: leaf[None], out)
 

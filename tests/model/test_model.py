@@ -94,16 +94,18 @@ def test_every_parameter_has_a_gradient_but_the_selection_bias():
             assert (np.abs(gradient).max() > 0) == ("correction_bias" not in name), name
 
 
-@pytest.mark.parametrize("remat", ["full", "save_dots"])
-def test_what_is_recomputed_changes_no_gradient(remat):
+@pytest.mark.parametrize(
+    "change", [{"remat": "full"}, {"remat": "save_dots"}, {"scan_layers": False}]
+)
+def test_how_a_program_is_compiled_changes_no_gradient(change):
     # One repeat compiles in half the time.
     config = dataclasses.replace(configs.text_01(), repeats=1)
     kept = _gradients(config)
-    recomputed = _gradients(dataclasses.replace(config, remat=remat))
+    changed = _gradients(dataclasses.replace(config, **change))
     for name, gradient in kept.items():
         # The same operations in programs that fuse them differently.
         scale = np.abs(gradient).max()
-        np.testing.assert_allclose(recomputed[name], gradient, rtol=0, atol=1e-4 * scale)
+        np.testing.assert_allclose(changed[name], gradient, rtol=0, atol=1e-4 * scale)
 
 
 def test_bfloat16_keeps_its_borders():

@@ -4,6 +4,8 @@ The MiniMax-01 report names its scaling-study sizes (70M to 7B, section 2.2) but
 the widths here are ours and published by nobody else.
 """
 
+import dataclasses
+
 from hybrid_jax.config import layers, model
 
 
@@ -92,7 +94,7 @@ def quickstart() -> model.ModelConfig:
 
     Rotary covers the whole head so that transformers, which ignores rotary_dim, loads its export.
     """
-    return hybrid(
+    config = hybrid(
         "quickstart",
         vocab_size=8192,
         hidden_dim=256,
@@ -105,6 +107,8 @@ def quickstart() -> model.ModelConfig:
             num_experts=8, hidden_dim=512, router=layers.SoftmaxTopK(experts_per_token=2)
         ),
     )
+    # A training step takes a twelfth less time than as a loop on 2 CPU cores, compiling 6 s more.
+    return dataclasses.replace(config, scan_layers=False)
 
 
 def nano() -> model.ModelConfig:

@@ -14,12 +14,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.lightning_attention.pallas_gpu.versions import load, store
+from pallas_kernels.lightning_attention.pallas_gpu.versions import load, store, swizzled_tiles
 
 # A row of a tile is then as long as the widest swizzle.
 COLUMNS = 32
 
-_SWIZZLED = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
+_SWIZZLED = swizzled_tiles(COLUMNS)
 
 
 def steps(

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.lightning_attention.pallas_gpu.versions import swizzled_tiles
+
 # Rows of a warpgroup's matrix product, and the columns in which a swizzled tile is cut.
 TILE = 64
 STAGES = 2  # chunks in shared memory: one being computed, one on its way
@@ -57,7 +59,7 @@ class Shared(NamedTuple):
 
 
 def scratch(plan: Plan) -> Shared:
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    swizzled = swizzled_tiles(64)
 
     def tiles(*shape):
         return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
@@ -67,7 +69,7 @@ def scratch(plan: Plan) -> Shared:
         tokens = plgpu.SMEM((STAGES, 2, chunk), jnp.float32)
         powers = diagonal = tables_loaded = None
     else:
-        swizzled_floats = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+        swizzled_floats = swizzled_tiles(32)
         tokens, powers = None, plgpu.SMEM((3 * chunk,), jnp.float32)
         diagonal = plgpu.SMEM((TILE, TILE), jnp.float32, transforms=swizzled_floats)
         tables_loaded = plgpu.Barrier(num_arrivals=4)

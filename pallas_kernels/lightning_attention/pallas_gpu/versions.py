@@ -27,6 +27,13 @@ def store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
 
 
+def swizzled_tiles(columns: int) -> tuple[Any, ...]:
+    """The layout in shared memory that matrix products read: tiles of 8 rows of 128 bytes."""
+    # The types of jax 0.12 call both classes abstract for a method whose body is only a docstring.
+    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+
+
 def interpret_params(interpret: Any) -> Any:
     """What a kernel takes for our `interpret`: None compiles, True has the default parameters."""
     if interpret is not True:
