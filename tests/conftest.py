@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 
 # Set before anything imports JAX, and inherited by the programs tests start. A device test is run
 # with the platform named: JAX_PLATFORMS=cuda pytest -m gpu_device.
@@ -49,6 +50,13 @@ def pytest_addoption(parser):
         metavar="N",
         help="fail unless N tests passed (a run in which everything was skipped proves nothing)",
     )
+    group.addoption(
+        "--require-passed",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="fail unless a test passed whose id matches this regular expression; repeatable",
+    )
 
 
 def _torch_skips(terminal) -> collections.Counter:
@@ -66,6 +74,9 @@ def _complaints(config, terminal) -> list[str]:
     complaints = []
     if len(passed) < config.option.at_least:
         complaints.append(f"{len(passed)} tests passed; --at-least {config.option.at_least}")
+    for pattern in config.option.require_passed:
+        if not any(re.search(pattern, report.nodeid) for report in passed):
+            complaints.append(f"no test like {pattern} passed; --require-passed")
     if config.option.require_torch:
         if _torch_skips(terminal):
             complaints.append(f"{TORCH_TESTS} were skipped; --require-torch")

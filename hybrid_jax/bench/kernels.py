@@ -1,5 +1,6 @@
 """`bench kernels`: predicted times of the lightning kernels on TPUs that are not here."""
 
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -59,50 +60,24 @@ def backward(heads: int, packed: bool):
     return (lambda pull, dout: pull(dout)), (pull, x)
 
 
-def decode(heads: int):
-    """One token for each of many states."""
-    token = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM), jnp.bfloat16)
+_STEPS: dict[str, Callable[..., Any]] = {
+    "decode": pallas_kernels.lightning_decode,
+    "decode_slots": pallas_kernels.lightning_decode_slots,
+    "extend": pallas_kernels.lightning_extend,
+}
+
+
+def step(heads: int, name: str):
+    """A token, or a few, for each of many states or slots, which are updated in place."""
+    length = (EXTEND_LENGTH,) if name == "extend" else ()
+    token = jax.ShapeDtypeStruct((DECODE_BATCH, *length, heads, HEAD_DIM), jnp.bfloat16)
     decay = jax.ShapeDtypeStruct((heads,), jnp.float32)
-    state = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM, HEAD_DIM), jnp.float32)
-
-    def step(q, k, v, log_decay, state):
-        return pallas_kernels.lightning_decode(
-            q, k, v, log_decay, state, implementation="pallas_tpu"
-        )
-
-    return jax.jit(step, donate_argnames="state"), (token, token, token, decay, state)
+    states = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM, HEAD_DIM), jnp.float32)
+    slots = (jax.ShapeDtypeStruct((DECODE_BATCH,), jnp.int32),) if name == "decode_slots" else ()
+    run = functools.partial(_STEPS[name], implementation="pallas_tpu")
+    return jax.jit(run, donate_argnums=4), (token, token, token, decay, states, *slots)
 
 
-def decode_slots(heads: int):
-    """The same with the states in the slots of a pool that is updated in place."""
-    token = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM), jnp.bfloat16)
-    decay = jax.ShapeDtypeStruct((heads,), jnp.float32)
-    pool = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM, HEAD_DIM), jnp.float32)
-    slots = jax.ShapeDtypeStruct((DECODE_BATCH,), jnp.int32)
-
-    def step(q, k, v, log_decay, pool, slots):
-        return pallas_kernels.lightning_decode_slots(
-            q, k, v, log_decay, pool, slots, implementation="pallas_tpu"
-        )
-
-    return jax.jit(step, donate_argnames="pool"), (token, token, token, decay, pool, slots)
-
-
-def extend(heads: int):
-    """A few tokens after each of many states."""
-    tokens = jax.ShapeDtypeStruct((DECODE_BATCH, EXTEND_LENGTH, heads, HEAD_DIM), jnp.bfloat16)
-    decay = jax.ShapeDtypeStruct((heads,), jnp.float32)
-    state = jax.ShapeDtypeStruct((DECODE_BATCH, heads, HEAD_DIM, HEAD_DIM), jnp.float32)
-
-    def step(q, k, v, log_decay, state):
-        return pallas_kernels.lightning_extend(
-            q, k, v, log_decay, state, implementation="pallas_tpu"
-        )
-
-    return jax.jit(step, donate_argnames="state"), (tokens, tokens, tokens, decay, state)
-
-
-_STEPS = {"decode": decode, "decode_slots": decode_slots, "extend": extend}
 NAMES = ("forward", "backward", "forward_packed", "backward_packed", *_STEPS)
 
 
@@ -139,7 +114,7 @@ def _program(name: str, chip: Chip, heads: int) -> tuple[Callable[..., Any], dic
     if name in _STEPS:
         # Every state read and written once.
         moved = 2 * 4 * DECODE_BATCH * heads * HEAD_DIM * HEAD_DIM
-        return _STEPS[name], {}, moved / chip.device_hbm_bytes_per_second * 1e3
+        return step, {"name": name}, moved / chip.device_hbm_bytes_per_second * 1e3
     kind, _, packed = name.partition("_")
     build = forward if kind == "forward" else backward
     return build, {"packed": bool(packed)}, IDEAL_MS[kind][chip.name]

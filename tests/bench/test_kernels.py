@@ -17,6 +17,9 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 # to the oldest supported Python.
 PINNED = "0.0.42.1"
 
+# Least fractions of the roofline's time that the project stands for, forward and backward.
+REACH = {"v5e": (0.70, 0.60), "v5p": (0.70, 0.60), "v6e": (0.70, 0.60), "tpu7x": (0.55, 0.45)}
+
 ALWAYS = ("forward", "backward", "decode")
 RARELY = tuple(name for name in kernels.NAMES if name not in ALWAYS)
 
@@ -77,6 +80,13 @@ def test_no_kernel_is_slower_than_it_was(target, names):
     assert found == wanted, (
         "a kernel changed and is no slower: keep it with UPDATE_GOLDEN=1 pytest -m aot tests/bench"
     )
+
+
+@pytest.mark.parametrize("target", REACH)
+def test_the_committed_times_are_within_reach_of_the_roofline(target):
+    kept = json.loads(golden(target).read_text(encoding="utf-8"))
+    for name, least in zip(("forward", "backward"), REACH[target], strict=True):
+        assert kept[name]["roofline_fraction"] >= least
 
 
 def test_bad_input_is_told_before_anything_is_compiled(capsys, tmp_path):
