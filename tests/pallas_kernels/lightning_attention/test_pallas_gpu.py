@@ -82,7 +82,6 @@ def test_packed_rows_equal_the_recurrence_whatever_padding_holds():
 
 
 @interpreted
-@pytest.mark.nightly
 @pytest.mark.parametrize("sizes", [(128, 128), (64, 128)])
 def test_packed_rows_of_whole_heads(sizes):
     """Runs that cross the border of two warpgroups' rows, and blocks of scores off the diagonal."""
