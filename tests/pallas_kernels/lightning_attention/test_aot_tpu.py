@@ -41,9 +41,9 @@ def _attend(q, k, v):
 
 
 def _project(x, w_q, w_k, w_v):
-    """As in the model: SiLU of a matrix product whose columns are cut into heads."""
-    projected = (jax.nn.silu(x @ w) for w in (w_q, w_k, w_v))
-    return _attend(*(y.reshape(*x.shape[:2], _HEADS, _SIZE) for y in projected))
+    """As in the model: SiLU of a product with a weight that has heads."""
+    product = functools.partial(jnp.einsum, "btd,dhk->bthk", x)
+    return _attend(*(jax.nn.silu(product(w)) for w in (w_q, w_k, w_v)))
 
 
 def _gradient(function, arguments):
@@ -84,7 +84,7 @@ def test_gradient(chip, length):
 
 @pytest.mark.parametrize("chip", _CHIPS)
 def test_behind_projections(chip):
-    weights = [_array(_WIDTH, _HEADS * _SIZE)] * 3
+    weights = [_array(_WIDTH, _HEADS, _SIZE)] * 3
     memory, kernels = _compile(chip, _project, _array(1, _SHORT, _WIDTH), *weights)
     assert kernels == 1
     # q, k and v themselves are temporaries here.
