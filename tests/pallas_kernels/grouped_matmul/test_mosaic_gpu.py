@@ -35,7 +35,6 @@ def check(sizes, rows=R, width=D, columns=F):
         assert error <= 2**-8 * np.abs(exact).max(), f"{name}: {error}"
 
 
-@pytest.mark.nightly
 def test_output_and_gradients_in_the_interpreter():
     plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
