@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul.ragged_dot import mask
 # Rows, columns and depth of a tile: the accumulator is half of a warpgroup's registers, and four
 # steps of operands with the output take 160 of 227 KiB of shared memory.
 ROWS, COLUMNS, DEPTH, STEPS = 128, 128, 64, 4
+_TILES = {"block_m": ROWS, "block_n": COLUMNS, "block_k": DEPTH, "max_concurrent_steps": STEPS}
 # Multiprocessors of an H100 SXM and an H200; a Hopper with fewer takes the grid in two waves.
 MULTIPROCESSORS = 132
 # With fewer rows a group on average the tiles are mostly empty, and what counts is which matrices
@@ -59,10 +60,7 @@ def weight_gradient(x_RD, dout_RF, group_sizes_E) -> jax.Array:
         return _kernels().transposed(
             *(x_RD, dout_RF),
             group_sizes=group_sizes_E,
-            block_m=ROWS,
-            block_n=COLUMNS,
-            block_k=DEPTH,
-            max_concurrent_steps=STEPS,
+            **_TILES,
             grid_block_n=_columns_together(dout_RF.shape[1]),
         )
 
@@ -80,10 +78,7 @@ def _rows_times_matrix(rows_RX, w_EDF, group_sizes_E, group_offset, transpose: b
         return _kernels().forward(
             *(rows_RX, w_EDF),
             group_sizes=group_sizes_E,
-            block_m=ROWS,
-            block_n=COLUMNS,
-            block_k=DEPTH,
-            max_concurrent_steps=STEPS,
+            **_TILES,
             grid_block_n=_columns_together(w_EDF.shape[1 if transpose else 2]),
             transpose_rhs=transpose,
         )

@@ -107,7 +107,7 @@ def quickstart() -> model.ModelConfig:
             num_experts=8, hidden_dim=512, router=layers.SoftmaxTopK(experts_per_token=2)
         ),
     )
-    # A training step takes a twelfth less time than as a loop on 2 CPU cores, compiling 6 s more.
+    # A training step takes 7% less time than as a loop on 2 CPU cores, and compiling 6 s more.
     return dataclasses.replace(config, scan_layers=False)
 
 
