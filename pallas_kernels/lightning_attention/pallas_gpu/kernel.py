@@ -32,7 +32,7 @@ from pallas_kernels.lightning_attention.pallas_gpu.decays import (
     wide,
 )
 from pallas_kernels.lightning_attention.pallas_gpu.plan import STAGES, TILE, Plan, Shared, scratch
-from pallas_kernels.lightning_attention.pallas_gpu.versions import load
+from pallas_kernels.lightning_attention.pallas_gpu.versions import accumulate, load
 
 
 def lightning_attention(
@@ -44,12 +44,15 @@ def lightning_attention(
     segments: Segments | None,
     *,
     reverse: bool,
+    rounds_weights: bool,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs in q's dtype and the final state, for K and V of 64 or 128, bfloat16, T >= 1."""
     batch, length, heads, key_dim = q_BTHK.shape
     value_dim = v_BTHV.shape[-1]
-    plan = Plan(length, key_dim, reverse, segments is not None)
+    plan = Plan(
+        length, key_dim, reverse, segments is not None, rounds_weights, interpret is not None
+    )
     run = plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=(
@@ -151,20 +154,17 @@ def _compute(plan, shared, own, initial, tables, out, final):
         else:
             decays = plain_decays(plan, shared, chunk, own)
 
-        @pl.when(index > 0)
-        def _():
-            plgpu.barrier_wait(shared.state_read)
-
         _publish(plan, shared, stage, own, decays, state_KV)
         out_CV, state_KV = _products(plan, shared, stage, own, decays, state_KV)
         plgpu.barrier_arrive(shared.consumed.at[stage])
-        plgpu.barrier_arrive(shared.state_read)
+        # All have read what `_publish` wrote: it may be written again, and outputs in its place.
+        plgpu.barrier_wait(shared.published_read)
         start = chunk * plan.chunk + own * TILE
-        _store(plan, shared.out.at[own], out_CV, out, (row, start, head, values))
+        rows = pl.ds(own * TILE, TILE)
+        _store(plan, shared.out.at[rows], out_CV, out, (row, start, head, values))
         return state_KV
 
     state_KV = lax.fori_loop(jnp.int32(0), jnp.int32(plan.chunks), step, state_KV)
-    plgpu.barrier_wait(shared.state_read)
     final[here] = state_KV
     plgpu.wait_smem_to_gmem(0)
 
@@ -188,10 +188,18 @@ def _publish(plan, shared, stage, own, decays, state_KV):
 
     written_CV = v_CV.astype(jnp.float32) * wide(decays.write_C, 0)
     shared.written[rows] = written_CV.astype(jnp.bfloat16)
+    if not plan.rounds_written:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        shared.out[rows] = _left_out(written_CV)
     shared.state[rows] = state_KV.astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared.written_ready)
     plgpu.barrier_wait(shared.written_ready)
+
+
+def _left_out(x):
+    """What rounding float32 numbers to bfloat16 leaves out, rounded in turn."""
+    return (x - x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _products(plan, shared, stage, own, decays, state_KV):
@@ -200,13 +208,19 @@ def _products(plan, shared, stage, own, decays, state_KV):
     q = shared.q.at[stage, rows]
     acc = plgpu.ACC((TILE, TILE), jnp.float32)
 
-    def of_state(out, added):
-        plgpu.wgmma(out, q, shared.state)
-        plgpu.wgmma(added, shared.k.at[stage, :, rows].transpose((1, 0)), shared.written)
-        return out[...], added[...]
+    def of_written(added):
+        k = shared.k.at[stage, :, rows].transpose((1, 0))
+        plgpu.wgmma(added, k, shared.written)
+        if not plan.rounds_written:
+            plgpu.wgmma(added, k, shared.out)
 
-    out_CV, added_KV = pl.run_scoped(of_state, acc, acc)
-    state_KV = decays.keep * state_KV + added_KV
+    def of_state(out):
+        plgpu.wgmma(out, q, shared.state)
+        return out[...]
+
+    state_KV = accumulate(of_written, decays.keep * state_KV, in_place=not plan.is_interpreted)
+    out_CV = pl.run_scoped(of_state, acc)
+    plgpu.barrier_arrive(shared.published_read)
     out_CV = out_CV * wide(decays.read_C, 0)
     # Here and not later: until then there are two registers where one would do, and they run out.
     state_KV, out_CV = lax.optimization_barrier((state_KV, out_CV))
@@ -221,15 +235,23 @@ def _products(plan, shared, stage, own, decays, state_KV):
         return [scores_CC[...] for scores_CC in accs]
 
     # The scores take the place of these rows of q, which nobody reads any more.
+    left_out = shared.out.at[rows]
+    if not plan.rounds_weights:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for block, scores_CC in zip(blocks, pl.run_scoped(score, [acc for _ in blocks]), strict=True):
-        scores_CC = decays.scale(scores_CC, block).astype(jnp.bfloat16)
-        q.at[:, pl.ds(block * TILE, TILE)][...] = scores_CC
+        scores_CC = decays.scale(scores_CC, block)
+        q.at[:, pl.ds(block * TILE, TILE)][...] = scores_CC.astype(jnp.bfloat16)
+        if block == own and not plan.rounds_weights:
+            # Of a fast head's scores few count, and those are on the diagonal.
+            left_out[...] = _left_out(scores_CC)
     plgpu.commit_smem()
 
     def within(out):
         for block in blocks:
             columns = pl.ds(block * TILE, TILE)
             plgpu.wgmma(out, q.at[:, columns], shared.v.at[stage, columns])
+        if not plan.rounds_weights:
+            plgpu.wgmma(out, left_out, shared.v.at[stage, rows])
         return out[...]
 
     out_CV += pl.run_scoped(within, acc)

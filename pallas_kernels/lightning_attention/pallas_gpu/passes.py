@@ -46,7 +46,12 @@ def forward(
     q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT, *, interpret: Any = False
 ) -> tuple[jax.Array, jax.Array]:
     """Out and final state."""
-    return _pass(interpret, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT)
+    return _pass(
+        interpret, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segment_ids_BT,
+        reverse=False,
+        # With segments there are no registers left for more.
+        rounds_weights=segment_ids_BT is not None,
+    )  # fmt: skip
 
 
 def backward(
@@ -56,16 +61,17 @@ def backward(
     """Gradients of q, k, v and the initial state."""
     ids_BT = segment_ids_BT
     state_BHVK, dfinal_BHVK = state_BHKV.swapaxes(2, 3), dfinal_BHKV.swapaxes(2, 3)
-    run = functools.partial(_pass, interpret)
-    dq_BTHK, _ = run(dout_BTHV, v_BTHV, k_BTHK, log_decay_H, state_BHVK, ids_BT)
-    dk_BTHK, _ = run(v_BTHV, dout_BTHV, q_BTHK, log_decay_H, dfinal_BHVK, ids_BT, reverse=True)
-    dv_BTHV, dstate_BHKV = run(
-        k_BTHK, q_BTHK, dout_BTHV, log_decay_H, dfinal_BHKV, ids_BT, reverse=True
-    )
+    run = functools.partial(_pass, interpret, rounds_weights=True)
+    dq_BTHK, _ = run(dout_BTHV, v_BTHV, k_BTHK, log_decay_H, state_BHVK, ids_BT, reverse=False)
+    run = functools.partial(run, reverse=True)
+    dk_BTHK, _ = run(v_BTHV, dout_BTHV, q_BTHK, log_decay_H, dfinal_BHVK, ids_BT)
+    dv_BTHV, dstate_BHKV = run(k_BTHK, q_BTHK, dout_BTHV, log_decay_H, dfinal_BHKV, ids_BT)
     return dq_BTHK, dk_BTHK, dv_BTHV, dstate_BHKV
 
 
-def _pass(interpret, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, ids_BT, *, reverse=False):
+def _pass(
+    interpret, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, ids_BT, *, reverse, rounds_weights
+):
     if reason := unsupported(q_BTHK, k_BTHK, v_BTHV):
         raise Unsupported(f"lightning_attention implementation 'pallas_gpu': {reason}")
     if 0 in v_BTHV.shape:
@@ -74,7 +80,7 @@ def _pass(interpret, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, ids_BT, *,
     return kernel.lightning_attention(
         q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV,
         None if ids_BT is None else _segments(ids_BT, chunk),
-        reverse=reverse, interpret=interpret_params(interpret),
+        reverse=reverse, rounds_weights=rounds_weights, interpret=interpret_params(interpret),
     )  # fmt: skip
 
 

@@ -24,6 +24,15 @@ class Plan:
     key_dim: int
     reverse: bool
     has_segments: bool
+    rounds_weights: bool
+    """Whether a decayed score is rounded once, or what that leaves out is multiplied too."""
+    is_interpreted: bool
+
+    @property
+    def rounds_written(self) -> bool:
+        """The same for decayed values. What they sum up to, forward, has few signs to cancel; the
+        sum that dk and dv are made of has as much rounding in it as they have themselves."""
+        return not self.reverse
 
     @property
     def groups(self) -> int:
@@ -51,11 +60,11 @@ class Shared(NamedTuple):
     tables_loaded: Any
     written: Any  # values decayed to the end of the chunk
     state: Any  # the state before the chunk, rounded
-    out: Any
+    out: Any  # outputs on their way; before that, what rounding left out of `written`
     loaded: Any  # barriers, one a stage
     consumed: Any
     written_ready: Any
-    state_read: Any
+    published_read: Any
 
 
 def scratch(plan: Plan) -> Shared:
@@ -83,9 +92,9 @@ def scratch(plan: Plan) -> Shared:
         tables_loaded=tables_loaded,
         written=tiles(chunk, TILE),
         state=tiles(plan.key_dim, TILE),
-        out=tiles(groups, TILE, TILE),
+        out=tiles(chunk, TILE),
         loaded=plgpu.Barrier(num_arrivals=4 if plan.has_segments else 3, num_barriers=STAGES),
         consumed=plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
         written_ready=plgpu.Barrier(num_arrivals=groups),
-        state_read=plgpu.Barrier(num_arrivals=groups),
+        published_read=plgpu.Barrier(num_arrivals=groups),
     )

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_kernels.errors import Unsupported
@@ -17,6 +18,21 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """Read a reference into registers of the given layout."""
     index = ((),) if _LOAD_WANTS_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def accumulate(products: Any, start: jax.Array, *, in_place: bool) -> jax.Array:
+    """`start` and what `products(accumulator)` adds to it.
+
+    In place it takes half of the registers, and no interpreter can do it.
+    """
+    if in_place:
+        return pl.run_state(products)(plgpu.ACC.init(start))
+
+    def from_zero(accumulator):
+        products(accumulator)
+        return accumulator[...]
+
+    return start + pl.run_scoped(from_zero, plgpu.ACC(start.shape, start.dtype))
 
 
 def store(ref: Any, value: jax.Array) -> None:

@@ -7,6 +7,9 @@ eight tokens and those of the next eight make sixteen tokens of each head by shi
 the order 0, 8, 1, 9, ... 7, 15, which `token_of_row` tells: all rows of a chunk stay in it until
 they are written, for that is cheaper than putting them in order.
 
+The kernel is handed eight heads a tile, `[B, T, H/8, 8, K]`: of `[B, T, H, K]` XLA makes tiles of
+sixteen heads where that suits what comes next, and strides of eight rows are slower.
+
 Every other size is read from `[B, T, H*K]`: a copy if the array exists as `[B, T, H, K]`, none
 behind a matrix product.
 """
@@ -23,7 +26,7 @@ _LOW, _HIGH, _HALF = 0x0000FFFF, 0xFFFF0000, 16
 
 
 class Layout(NamedTuple):
-    """Blocks of `heads` heads; `is_tiled` reads them from four dimensions."""
+    """Blocks of `heads` heads; `is_tiled` reads them from tiles of heads."""
 
     is_tiled: bool
     heads: int
@@ -35,13 +38,14 @@ class Layout(NamedTuple):
     def shape(self, x_BTHK):
         """The shape in which the kernel takes and gives the array."""
         B, T, H, K = x_BTHK.shape
-        return (B, T, H, K) if self.is_tiled else (B, T, H * K)
+        return (B, T, H // _ROWS, _ROWS, K) if self.is_tiled else (B, T, H * K)
 
     def spec(self, tokens: int, size: int, token_block) -> pl.BlockSpec:
         """A block of `tokens` tokens; `token_block(t)` is which one, for step t."""
         if self.is_tiled:
             return pl.BlockSpec(
-                (1, tokens, self.heads, size), lambda b, h, t, *_: (b, token_block(t), h, 0)
+                (1, tokens, None, self.heads, size),
+                lambda b, h, t, *_: (b, token_block(t), h, 0, 0),
             )
         return pl.BlockSpec(
             (1, tokens, self.heads * size), lambda b, h, t, *_: (b, token_block(t), h)

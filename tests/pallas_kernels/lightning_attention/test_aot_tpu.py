@@ -92,6 +92,17 @@ def test_behind_projections(chip):
 
 
 @pytest.mark.parametrize("chip", _CHIPS)
+def test_gradient_behind_projections(chip):
+    """XLA may choose how dq, dk and dv are tiled, for what follows; on tpu7x it does."""
+    weights = [_array(_WIDTH, _HEADS, _SIZE)] * 3
+    function = _gradient(_project, (0, 1, 2, 3))
+    memory, kernels = _compile(chip, function, _array(1, _SHORT, _WIDTH), *weights)
+    assert kernels == 3
+    # q, k and v, the same before SiLU, and the gradient of each: three of the four.
+    assert _share(memory, _SHORT) <= 4.0
+
+
+@pytest.mark.parametrize("chip", _CHIPS)
 def test_segments(chip):
     def attend(q, k, v, ids):
         return lightning_attention(q, k, v, _DECAYS, segment_ids=ids)[0]
