@@ -136,7 +136,7 @@ def draw(records: list[dict], path: pathlib.Path, title: str) -> None:
     axes.set_ylabel("RMS error / that of rounding the exact result")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=3, markerscale=4)
+    figure.legend(frameon=False, loc="outside right upper", markerscale=4)
     figure.savefig(path, dpi=130, format="png")
 
 
