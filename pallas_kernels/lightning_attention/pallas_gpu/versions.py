@@ -32,7 +32,8 @@ def accumulate(products: Any, start: jax.Array, *, in_place: bool) -> jax.Array:
         products(accumulator)
         return accumulator[...]
 
-    return start + pl.run_scoped(from_zero, plgpu.ACC(start.shape, start.dtype))
+    rows, columns = start.shape
+    return start + pl.run_scoped(from_zero, plgpu.ACC((rows, columns), start.dtype))
 
 
 def store(ref: Any, value: jax.Array) -> None:
