@@ -17,6 +17,7 @@ _COMMANDS = {
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
     "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
+    "shard": "Say where every parameter would live on a mesh of devices.",
     "presets": "List the presets, or print one in full.",
 }
 

@@ -32,6 +32,11 @@ class Skeleton:
         self.abstract: dict[str, jax.ShapeDtypeStruct] = dict(zip(self.names, leaves, strict=True))
         """Shape and dtype of each parameter."""
 
+    def all_axes(self, name: str) -> tuple[Logical, ...]:
+        """Meaning of each dim of a parameter, stacked layers included."""
+        own = self.axes[name]
+        return (Logical.LAYERS,) * (len(self.abstract[name].shape) - len(own)) + own
+
     def named(self, model: model_lib.Model) -> Named:
         """The arrays of a model of this structure."""
         leaves = jax.tree.leaves(nnx.split(model, nnx.Param)[1])

@@ -1,0 +1,137 @@
+"""Which mesh axes split which dimensions: a table for parameters, one for activations."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec
+
+from sharding.axes import Logical
+from sharding.mesh import MeshShape
+
+Table = dict[Logical, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rules:
+    """Where dimensions live; one that a table does not name is whole on every device."""
+
+    name: str
+    about: str
+    """A line for people who choose."""
+    parameters: Table
+    """At rest: parameters, gradients, moments."""
+    experts: Table
+    """The same for parameters that have an EXPERTS dim: they may be split otherwise."""
+    activations: Table
+    """Batch, time, and what the layers compute."""
+
+    def parameter(
+        self, axes: Sequence[Logical], shape: Sequence[int], mesh: MeshShape, name: str
+    ) -> PartitionSpec:
+        """Where each dim of a parameter lives.
+
+        ValueError if a mesh axis would split two of its dims, or a dim does not divide.
+        """
+        return _spec(self._table(axes), axes, shape, mesh, name)
+
+    def used_parameter(
+        self, axes: Sequence[Logical], shape: Sequence[int], mesh: MeshShape, name: str
+    ) -> PartitionSpec:
+        """Where each dim lives while a layer computes with it."""
+        table: Table = dict(self._table(axes))
+        # The residual stream is whole: what splits it at rest is storage alone.
+        table.pop(Logical.MODEL, None)
+        return _spec(table, axes, shape, mesh, name)
+
+    def activation(
+        self, axes: Sequence[Logical | None], shape: Sequence[int], mesh: MeshShape, name: str
+    ) -> PartitionSpec:
+        """Where each dim of an activation lives; None is a dim that is never split."""
+        return _spec(self.activations, axes, shape, mesh, name)
+
+    def _table(self, axes: Sequence[Logical]) -> Table:
+        return self.experts if Logical.EXPERTS in axes and Logical.FFN in axes else self.parameters
+
+
+def _spec(table: Table, axes, shape, mesh: MeshShape, name: str) -> PartitionSpec:
+    sizes = mesh.sizes
+    owner: dict[str, Logical] = {}
+    parts: list = []
+    for logical, size in zip(axes, shape, strict=True):
+        # Axes of size one split nothing; left out, what is printed says what happens.
+        used = tuple(axis for axis in table.get(logical, ()) if sizes[axis] > 1)
+        for axis in used:
+            if axis in owner:
+                raise ValueError(
+                    f"{name}: the mesh axis {axis!r} would split both {owner[axis].value} and "
+                    f"{logical.value}. Choose other rules, or {axis}=1."
+                )
+            owner[axis] = logical
+        count = math.prod(sizes[axis] for axis in used)
+        if size % count:
+            split = " x ".join(f"{axis}={sizes[axis]}" for axis in used)
+            product = f" = {count}" if len(used) > 1 else ""
+            raise ValueError(
+                f"{name}: its dim {logical.value} of {size} does not divide by {split}{product}. "
+                f"Its shape is {tuple(shape)}; choose sizes that divide it, or other rules."
+            )
+        parts.append(used[0] if len(used) == 1 else used or None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return PartitionSpec(*parts)
+
+
+_L = Logical
+_ROWS = ("data", "fsdp", "expert")
+_WIDTHS: Table = {_L.HEADS: ("tensor",), _L.KV_HEADS: ("tensor",), _L.FFN: ("tensor",)}
+_TENSOR: Table = {_L.VOCAB: ("tensor",), **_WIDTHS}
+_EXPERT: Table = {_L.EXPERTS: ("expert",), _L.FFN: ("tensor",)}
+
+_ALL = (
+    Rules(
+        "fsdp",
+        "every parameter split over fsdp and gathered layer by layer",
+        parameters={_L.MODEL: ("fsdp",)},
+        experts={_L.MODEL: ("fsdp",)},
+        activations={_L.BATCH: ("data", "fsdp")},
+    ),
+    Rules(
+        "fsdp_tensor",
+        "fsdp, with heads, feed-forwards and vocabulary over tensor",
+        parameters={_L.MODEL: ("fsdp",), **_TENSOR},
+        experts={_L.MODEL: ("fsdp",), _L.FFN: ("tensor",)},
+        activations={_L.BATCH: ("data", "fsdp"), **_TENSOR},
+    ),
+    Rules(
+        "expert",
+        "fsdp_tensor, with experts over expert: tokens travel to them",
+        parameters={_L.MODEL: ("fsdp", "expert"), **_TENSOR},
+        experts={_L.MODEL: ("fsdp",), **_EXPERT},
+        activations={_L.BATCH: _ROWS, _L.EXPERTS: ("expert",), **_TENSOR},
+    ),
+    Rules(
+        "long_context",
+        "expert, with every row split over sequence, and parameters too",
+        parameters={_L.MODEL: ("fsdp", "expert", "sequence"), **_TENSOR},
+        experts={_L.MODEL: ("fsdp", "sequence"), **_EXPERT},
+        activations={
+            _L.BATCH: _ROWS, _L.TIME: ("sequence",), _L.EXPERTS: ("expert",), **_TENSOR
+        },
+    ),
+    Rules(
+        "serve",
+        "nothing is gathered: heads over tensor, experts over expert, their width over tensor",
+        parameters=_TENSOR,
+        experts=_EXPERT,
+        activations={_L.BATCH: _ROWS, _L.EXPERTS: ("expert",), **_TENSOR},
+    ),
+)  # fmt: skip
+PRESETS = {rules.name: rules for rules in _ALL}
+
+
+def get(name: str) -> Rules:
+    """A preset; ValueError names the others."""
+    if name not in PRESETS:
+        raise ValueError(f"There are no rules {name!r}; expected one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

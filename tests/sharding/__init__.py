@@ -1,0 +1,1 @@
+"""Tests of meshes and of the rules that split dimensions over them."""
