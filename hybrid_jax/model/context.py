@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.model.parallel.placement import Placement
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Context:
     """int32, tokens already in the decode state; None without a state."""
     group_offset: jax.Array | None = None
     """int32 scalar: first expert of this layer when the experts of all layers come as one stack."""
+    placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
+    """How everything is split over devices; None on one device."""
 
 
 def segment_positions(segment_ids_BT):

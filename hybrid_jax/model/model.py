@@ -54,14 +54,19 @@ class Model(nnx.Module):
         inputs = _checked(tokens_BT, segment_ids, positions, self.config.vocab_size)
         return _logits(*nnx.split(self), *inputs)
 
-    def hidden(self, tokens_BT, segment_ids=None, positions=None, state=None) -> Hidden:
+    def hidden(
+        self, tokens_BT, segment_ids=None, positions=None, state=None, placement=None
+    ) -> Hidden:
         """The output of the final norm, continuing `state` if one is given.
+
+        `placement` says how parameters and activations are split over devices.
 
         With a state, every row is one sequence: `segment_ids` may only say which of its tokens are
         real (1) and which are right padding (0), and the caller makes sure that T more tokens fit
         the capacity of every row.
         """
         tokens_BT, context = self._context(tokens_BT, segment_ids, positions, state)
+        context = dataclasses.replace(context, placement=placement)
         x_BTD = self._embed(tokens_BT, context, state)
         if state is None:
             x_BTD, routing = self.stack(x_BTD, context)

@@ -16,6 +16,7 @@ from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.layer import LayerModule
 from hybrid_jax.model.mixers.table import MIXERS
+from hybrid_jax.model.parallel.placement import ROWS
 from hybrid_jax.model.params import Initialiser
 
 # What the backward pass may keep of a layer; everything else it computes again.
@@ -104,6 +105,9 @@ class Stack(nnx.Module):
 
         def body(x_BTD, inputs):
             params, layer_data = inputs
+            if context.placement is not None:
+                params = context.placement.gather(params)
+                x_BTD = context.placement.constrain(x_BTD, *ROWS, None)
             x_BTD, _, routing = nnx.merge(graphdef, params)(x_BTD, context, layer_data, None)
             return x_BTD, routing
 

@@ -5,6 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from hybrid_jax.model.parallel.placement import ROWS, Placement
+from pallas_kernels import varying
+from sharding import Logical
 
 
 class TokenLoss(NamedTuple):
@@ -17,7 +22,14 @@ class TokenLoss(NamedTuple):
 
 
 def cross_entropy(
-    x_BTD, kernel_DW, targets_BT, weights_BT, *, z_loss: float = 0.0, chunk_tokens: int = 1024
+    x_BTD,
+    kernel_DW,
+    targets_BT,
+    weights_BT,
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int = 1024,
+    placement: Placement | None = None,
 ) -> TokenLoss:
     """Sums of weights * (nll + z_loss * log_normaliser**2) over all tokens, in float32.
 
@@ -27,43 +39,66 @@ def cross_entropy(
     At most about `chunk_tokens` rows of logits exist at one time, and none is computed twice: the
     forward pass leaves the gradients of x and of the head behind (they are linear in the cotangent
     of the sum), so the cost is that of three matrix products, as without chunks.
+
+    With a `placement`, tokens and words are split as it says, and no logits are brought together:
+    the largest, the sums and the target's are. The sums are over all devices.
     """
-    sums = _cross_entropy(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT)
+    arrays = x_BTD, kernel_DW, targets_BT, weights_BT
+    if placement is None:
+        return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, (), *arrays))
+    words, tokens = placement.axes_of(Logical.VOCAB), placement.spec(*ROWS)
+    shared = tuple(axis for logical in ROWS for axis in placement.axes_of(logical))
+
+    def local(x_BTD, kernel_DW, targets_BT, weights_BT):
+        # Every device's own, so that its gradient is summed over those that share it.
+        kernel_DW = jax.lax.pcast(kernel_DW, shared, to="varying") if shared else kernel_DW
+        sums = _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT)
+        return jax.lax.psum(sums, shared) if shared else sums
+
+    sums = jax.shard_map(
+        local,
+        mesh=placement.mesh,
+        in_specs=(placement.spec(*ROWS, None), placement.spec(None, Logical.VOCAB), tokens, tokens),
+        out_specs=PartitionSpec(),
+    )(*arrays)
     return TokenLoss(*sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT):
+    """`words` are the mesh axes that split the vocabulary, in shard_map."""
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(sums, chunk):
-        total, nll, _, _ = _chunk_loss(z_loss, kernel_f32, *chunk)
+        total, nll, _, _ = _chunk_loss(z_loss, words, kernel_f32, *chunk)
         return (sums[0] + total, sums[1] + nll), None
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    sums, _ = _scan(one_chunk, (jnp.float32(0), jnp.float32(0)), chunks)
+    zero, _ = varying.alike(jnp.float32(0), x_BTD)
+    sums, _ = _scan(one_chunk, (zero, zero), chunks)
     return sums
 
 
-def _cross_entropy_fwd(chunk_tokens, z_loss, x_BTD, kernel_DW, targets_BT, weights_BT):
+def _cross_entropy_fwd(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT):
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(carry, chunk):
         total_sum, nll_sum, dkernel_DW = carry
         x_BCD = chunk[0]
-        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, kernel_f32, *chunk)
-        dx_BCD = jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32)
+        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, words, kernel_f32, *chunk)
+        dx_BCD = _sum(jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32), words)
         dkernel_DW = dkernel_DW + jnp.einsum("bcd,bcw->dw", x_f32, dlogits_BCW)
         return (total_sum + total, nll_sum + nll, dkernel_DW), dx_BCD.astype(x_BCD.dtype)
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
-    start = (jnp.float32(0), jnp.float32(0), jnp.zeros_like(kernel_f32))
+    zero, _ = varying.alike(jnp.float32(0), x_BTD)
+    start = (zero, zero, jnp.zeros_like(kernel_f32))
     (total, nll, dkernel_DW), dx_NBCD = _scan(one_chunk, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape[1])
     return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype))
 
 
-def _cross_entropy_bwd(chunk_tokens, z_loss, residuals, cotangents):
+def _cross_entropy_bwd(chunk_tokens, z_loss, words, residuals, cotangents):
     dx_BTD, dkernel_DW = residuals
     dtotal, _ = cotangents
     dx_BTD = dx_BTD * dtotal.astype(dx_BTD.dtype)
@@ -74,21 +109,29 @@ def _cross_entropy_bwd(chunk_tokens, z_loss, residuals, cotangents):
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _chunk_loss(z_loss, kernel_DW, x_BCD, targets_BC, weights_BC):
+def _sum(x, axes):
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _chunk_loss(z_loss, words, kernel_DW, x_BCD, targets_BC, weights_BC):
     """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32)."""
     x_BCD = x_BCD.astype(jnp.float32)
     logits_BCW = jnp.einsum("bcd,dw->bcw", x_BCD, kernel_DW)
     max_BC1 = jnp.max(logits_BCW, axis=-1, keepdims=True)
+    max_BC1 = jax.lax.pmax(max_BC1, words) if words else max_BC1
     exp_BCW = jnp.exp(logits_BCW - max_BC1)
-    sum_BC1 = jnp.sum(exp_BCW, axis=-1, keepdims=True)
+    sum_BC1 = _sum(jnp.sum(exp_BCW, axis=-1, keepdims=True), words)
     normaliser_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0]
-    picked_BC = jnp.take_along_axis(logits_BCW, targets_BC[..., None], axis=-1)[..., 0]
+    W = logits_BCW.shape[-1]
+    # Where the target lies among this device's words; it may be another's.
+    here_BC1 = (targets_BC - (jax.lax.axis_index(words) * W if words else 0))[..., None]
+    is_here_BC1 = (here_BC1 >= 0) & (here_BC1 < W)
+    picked_BC1 = jnp.take_along_axis(logits_BCW, jnp.clip(here_BC1, 0, W - 1), axis=-1)
+    picked_BC = _sum(jnp.where(is_here_BC1, picked_BC1, 0.0), words)[..., 0]
     nll = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
     total = nll + z_loss * jnp.sum(weights_BC * normaliser_BC**2)
     scale_BC = weights_BC * (1 + 2 * z_loss * normaliser_BC)
-    is_target_BCW = targets_BC[..., None] == jax.lax.broadcasted_iota(
-        jnp.int32, logits_BCW.shape, 2
-    )
+    is_target_BCW = here_BC1 == jax.lax.broadcasted_iota(jnp.int32, logits_BCW.shape, 2)
     dlogits_BCW = exp_BCW * (scale_BC[..., None] / sum_BC1) - jnp.where(
         is_target_BCW, weights_BC[..., None], 0.0
     )

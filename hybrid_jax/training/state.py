@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hybrid_jax import model as model_lib
 from hybrid_jax.config import training as config_lib
+from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
 
@@ -25,10 +26,24 @@ class TrainState:
     """The optimiser's own state: moments by name, and counts."""
 
 
-def initial_state(config: config_lib.TrainConfig, skeleton: Skeleton, optimizer: Optimizer):
+def initial_state(
+    config: config_lib.TrainConfig,
+    skeleton: Skeleton,
+    optimizer: Optimizer,
+    placement: Placement | None = None,
+):
     """The state before the first update, with parameters drawn from `config.seed`."""
-    params = skeleton.named(model_lib.build(config.model, config.seed))
-    return place(TrainState(jnp.int32(0), params, optimizer.init(params)))
+    if placement is None:
+        params = skeleton.named(model_lib.build(config.model, config.seed))
+        return place(TrainState(jnp.int32(0), params, optimizer.init(params)))
+
+    def draw():
+        model = model_lib.Model(config.model, jax.random.key(config.seed))
+        params = skeleton.named(model)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    # Every device draws its own part: no device ever holds the whole.
+    return jax.jit(draw, out_shardings=shardings(skeleton, optimizer, placement))()
 
 
 def place(state: TrainState) -> TrainState:
@@ -38,6 +53,18 @@ def place(state: TrainState) -> TrainState:
     finds it in JAX's compilation cache.
     """
     return jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def shardings(skeleton: Skeleton, optimizer: Optimizer, placement: Placement) -> TrainState:
+    """Where each array of the state lives: moments with their parameter, counts everywhere."""
+
+    def one(path, leaf):
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+        if name not in skeleton.axes or leaf.shape != skeleton.abstract[name].shape:
+            return placement.sharding()
+        return placement.parameter(name, skeleton.all_axes(name), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_state(skeleton, optimizer))
 
 
 def abstract_state(skeleton: Skeleton, optimizer: Optimizer) -> TrainState:

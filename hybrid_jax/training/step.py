@@ -7,53 +7,67 @@ import jax.numpy as jnp
 
 from hybrid_jax.config import training as config_lib
 from hybrid_jax.data import Batch
+from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training import balance
 from hybrid_jax.training.loss import cross_entropy
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
-from hybrid_jax.training.state import TrainState
+from hybrid_jax.training.state import TrainState, shardings
 
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    config: config_lib.TrainConfig, skeleton: Skeleton, optimizer: Optimizer
+    config: config_lib.TrainConfig,
+    skeleton: Skeleton,
+    optimizer: Optimizer,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
 
     With `config.accumulate` = n the rows go through the model in n rounds. Every token weighs the
     same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
     the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
+    With a `placement` the state lives where `state.shardings` says, and so do the gradients.
     """
+    live = None if placement is None else shardings(skeleton, optimizer, placement)
 
     def train_step(state: TrainState, batch: Batch):
-        loss = lambda params, part, share: _loss(config, skeleton, params, part, share)
+        def loss(params, part, share):
+            return _loss(config, skeleton, placement, params, part, share)
+
         gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
+        if live is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, live.params)
         params, optimizer_state, norm = optimizer.update(
             state.params, gradients, state.optimizer, state.step
         )
         metrics |= {"learning_rate": optimizer.learning_rate(state.step), "gradient_norm": norm}
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step, donate_argnums=0, out_shardings=None if live is None else (live, None)
+    )
 
 
 def make_evaluation_step(
-    config: config_lib.TrainConfig, skeleton: Skeleton
+    config: config_lib.TrainConfig, skeleton: Skeleton, placement: Placement | None = None
 ) -> Callable[[Named, Batch], tuple[jax.Array, jax.Array]]:
     """A compiled (params, batch) -> (sum of nats, sum of weights) over the batch's targets."""
 
     def evaluation_step(params: Named, batch: Batch):
-        sums, _ = _cross_entropy(config, skeleton, params, batch, z_loss=0.0)
+        sums, _ = _cross_entropy(config, skeleton, placement, params, batch, z_loss=0.0)
         return sums.nll, jnp.sum(batch.weights_BT)
 
     return jax.jit(evaluation_step)
 
 
-def _cross_entropy(config, skeleton, params: Named, batch: Batch, z_loss: float):
+def _cross_entropy(config, skeleton, placement, params: Named, batch: Batch, z_loss: float):
     """Sums of the loss over the targets of (part of) a batch, and the routers' statistics."""
     model = skeleton.model(params)
-    hidden = model.hidden(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+    hidden = model.hidden(
+        batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, placement=placement
+    )
     sums = cross_entropy(
         hidden.x_BTD,
         model.head_kernel(),
@@ -61,16 +75,19 @@ def _cross_entropy(config, skeleton, params: Named, batch: Batch, z_loss: float)
         batch.weights_BT,
         z_loss=z_loss,
         chunk_tokens=config.loss.chunk_tokens,
+        placement=placement,
     )
     return sums, hidden.routing
 
 
-def _loss(config, skeleton, params: Named, batch: Batch, share) -> tuple[jax.Array, Metrics]:
+def _loss(
+    config, skeleton, placement, params: Named, batch: Batch, share
+) -> tuple[jax.Array, Metrics]:
     """What is minimised over (part of) a batch, and sums for the metrics.
 
     `share` is the number of tokens in the whole batch: what the sums are divided by.
     """
-    sums, routing = _cross_entropy(config, skeleton, params, batch, config.loss.z_loss)
+    sums, routing = _cross_entropy(config, skeleton, placement, params, batch, config.loss.z_loss)
     metrics = {"loss": sums.nll / share, "tokens": jnp.sum(batch.weights_BT)}
     total = sums.total / share
     if routing is not None:

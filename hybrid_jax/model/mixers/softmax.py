@@ -10,6 +10,7 @@ from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
+from hybrid_jax.model.parallel import softmax as parallel
 from hybrid_jax.model.params import Initialiser
 from hybrid_jax.model.rotary import rotate
 from pallas_kernels import softmax_attention
@@ -62,9 +63,8 @@ class SoftmaxMixer(nnx.Module):
         q_BTHK = rotate(q_BTHK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
         k_BTGK = rotate(k_BTGK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
         if state is None:
-            segments = context.segment_ids_BT
-            out_BTHV = softmax_attention(
-                q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
+            out_BTHV = parallel.softmax_attention(
+                context.placement, q_BTHK, k_BTGK, v_BTGV, context.segment_ids_BT
             )
         else:
             # Right-padded rows write rows past their length that causality hides and later

@@ -1,0 +1,72 @@
+"""Where the arrays of one pass through the model live: a mesh, and the rules that split dims."""
+
+import dataclasses
+import functools
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding import Logical, MeshShape, Rules, mesh, rules
+
+ROWS = (Logical.BATCH, Logical.TIME)
+"""What the first two dims of every activation mean; the others follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh with rules; given to the model, which otherwise computes on one device."""
+
+    mesh: jax.sharding.Mesh
+    rules: Rules
+
+    @functools.cached_property
+    def shape(self) -> MeshShape:
+        """Size of each axis."""
+        return MeshShape(**dict(self.mesh.shape))
+
+    def axes_of(self, logical: Logical) -> tuple[str, ...]:
+        """Mesh axes of more than one device that split an activation's dim."""
+        split = self.rules.activations.get(logical, ())
+        return tuple(axis for axis in split if self.shape.sizes[axis] > 1)
+
+    def spec(self, *axes: Logical | None) -> PartitionSpec:
+        """How dims of an activation are split; None is a dim that never is."""
+        parts = [() if logical is None else self.axes_of(logical) for logical in axes]
+        return PartitionSpec(*(part or None for part in parts))
+
+    def sharding(self, *axes: Logical | None) -> NamedSharding:
+        """`spec` on this mesh."""
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def constrain(self, x, *axes: Logical | None):
+        """Tell the compiler where an activation lives."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def parameter(self, name: str, axes, shape) -> NamedSharding:
+        """Where a parameter is stored, its gradient and its moments with it."""
+        return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
+
+    def gather(self, params, stacked: int = 0):
+        """Parameters as layers compute with them: what storage alone splits is brought together.
+
+        `params` is a tree of `nnx.Variable`, of one layer or with `stacked` leading dims.
+        """
+
+        def one(path, param: nnx.Variable):
+            axes = (Logical.LAYERS,) * stacked + tuple(param.get_metadata()["axes"])
+            value = param[...]
+            name = jax.tree_util.keystr(path)
+            spec = self.rules.used_parameter(axes, value.shape, self.shape, name)
+            value = jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
+            return param.replace(value)
+
+        is_param = lambda x: isinstance(x, nnx.Variable)
+        return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+def make(mesh_text: str, rules_name: str, devices=None) -> Placement:
+    """From what a user types; ValueError for what does not multiply out or is not known."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh.parse(mesh_text, len(devices))
+    return Placement(mesh.make(shape, devices), rules.get(rules_name))
