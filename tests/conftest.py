@@ -9,6 +9,7 @@ import re
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # matplotlib must not look for a display, and nothing may look for the network.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
