@@ -6,7 +6,7 @@ from flax import nnx
 
 from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
-from hybrid_jax.model.ffn import router
+from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.ffn.dense import swiglu
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.parallel.placement import ROWS
@@ -15,76 +15,18 @@ from pallas_kernels import grouped_swiglu, varying
 from sharding import Logical
 
 
-@jax.custom_vjp
-def _dispatch(x_TD, token_R, row_TA):
-    """Rows of x in expert order: row r is token token_R[r]."""
-    return x_TD[token_R]
-
-
-def _dispatch_fwd(x_TD, token_R, row_TA):
-    return x_TD[token_R], row_TA
-
-
-def _dispatch_bwd(row_TA, dx_RD):
-    # Every token stands in A rows, so the transpose is a gather too; a scatter-add is far slower.
-    return jnp.sum(dx_RD[row_TA], axis=1), None, None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def _combine(y_RD, weight_TA, token_R, row_TA):
-    """Weighted sum of each token's A rows, in float32."""
-    return jnp.einsum("tad,ta->td", y_RD[row_TA], weight_TA, preferred_element_type=jnp.float32)
-
-
-def _combine_fwd(y_RD, weight_TA, token_R, row_TA):
-    return _combine(y_RD, weight_TA, token_R, row_TA), (y_RD, weight_TA, token_R, row_TA)
-
-
-def _combine_bwd(residuals, dout_TD):
-    y_RD, weight_TA, token_R, row_TA = residuals
-    weight_R = (
-        jnp.zeros(token_R.shape, weight_TA.dtype)
-        .at[row_TA.reshape(-1)]
-        .set(weight_TA.reshape(-1), unique_indices=True)
-    )
-    dout_RD = dout_TD[token_R]
-    dy_RD = (weight_R[:, None] * dout_RD).astype(y_RD.dtype)
-    dweight_R = jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=-1)
-    return dy_RD, dweight_R[row_TA], None, None
-
-
-_combine.defvjp(_combine_fwd, _combine_bwd)
-
-
-def _expert_order(expert_TA, num_experts: int):
-    """(token of each sorted row [R], sorted row of each choice [T, A], rows of each expert [E])."""
-    T, A = expert_TA.shape
-    expert_R = expert_TA.reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
-    row_R = (
-        jnp.zeros((T * A,), jnp.int32)
-        .at[order_R]
-        .set(jnp.arange(T * A, dtype=jnp.int32), unique_indices=True)
-    )
-    sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
-    return order_R // A, row_R.reshape(T, A), sizes_E
-
-
 def expert_mixture(x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, group_offset):
     """sum_a weight_a * down_e(silu(gate_e(x)) * up_e(x)) over each token's experts, in float32.
 
     With `group_offset`, the weights hold the experts of many layers and this layer's start there.
     """
     F = down_EFD.shape[1]
-    token_R, row_TA, sizes_E = _expert_order(choice.expert_TA, num_experts)
+    token_R, row_TA, sizes_E = dispatch.expert_order(choice.expert_TA, num_experts)
     gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
     down = down_EFD.astype(x_TD.dtype)
-    x_RD = _dispatch(x_TD, token_R, row_TA)
+    x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
     y_RD = grouped_swiglu(x_RD, gate_up, down, sizes_E, group_offset=group_offset)
-    return _combine(y_RD, choice.weight_TA, token_R, row_TA)
+    return dispatch.combine(y_RD, choice.weight_TA, token_R, row_TA)
 
 
 class SharedSwiGlu(nnx.Module):

@@ -1,0 +1,62 @@
+"""Tokens to rows in the order of their experts, and the rows back to weighted sums."""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def to_rows(x_TD, token_R, row_TA):
+    """Rows of x in expert order: row r is token token_R[r]."""
+    return x_TD[token_R]
+
+
+def _to_rows_fwd(x_TD, token_R, row_TA):
+    return x_TD[token_R], row_TA
+
+
+def _to_rows_bwd(row_TA, dx_RD):
+    # Every token stands in A rows, so the transpose is a gather too; a scatter-add is far slower.
+    return jnp.sum(dx_RD[row_TA], axis=1), None, None
+
+
+to_rows.defvjp(_to_rows_fwd, _to_rows_bwd)
+
+
+@jax.custom_vjp
+def combine(y_RD, weight_TA, token_R, row_TA):
+    """Weighted sum of each token's A rows, in float32."""
+    return jnp.einsum("tad,ta->td", y_RD[row_TA], weight_TA, preferred_element_type=jnp.float32)
+
+
+def _combine_fwd(y_RD, weight_TA, token_R, row_TA):
+    return combine(y_RD, weight_TA, token_R, row_TA), (y_RD, weight_TA, token_R, row_TA)
+
+
+def _combine_bwd(residuals, dout_TD):
+    y_RD, weight_TA, token_R, row_TA = residuals
+    weight_R = (
+        jnp.zeros(token_R.shape, weight_TA.dtype)
+        .at[row_TA.reshape(-1)]
+        .set(weight_TA.reshape(-1), unique_indices=True)
+    )
+    dout_RD = dout_TD[token_R]
+    dy_RD = (weight_R[:, None] * dout_RD).astype(y_RD.dtype)
+    dweight_R = jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=-1)
+    return dy_RD, dweight_R[row_TA], None, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def expert_order(expert_TA, num_experts: int):
+    """(token of each sorted row [R], sorted row of each choice [T, A], rows of each expert [E])."""
+    T, A = expert_TA.shape
+    expert_R = expert_TA.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
+    row_R = (
+        jnp.zeros((T * A,), jnp.int32)
+        .at[order_R]
+        .set(jnp.arange(T * A, dtype=jnp.int32), unique_indices=True)
+    )
+    sizes_E = jnp.bincount(expert_R, length=num_experts).astype(jnp.int32)
+    return order_R // A, row_R.reshape(T, A), sizes_E

@@ -1,0 +1,1 @@
+"""Tests of the ops on arrays that are split over devices."""
