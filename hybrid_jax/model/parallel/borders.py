@@ -17,7 +17,7 @@ class Borders(NamedTuple):
     tokens_bM: jax.Array
     """Real tokens."""
     cuts_bM: jax.Array
-    """Shards that hand nothing on: a document begins in them, at their first real token or later."""
+    """Shards that hand nothing on: a document begins there, at the first real token or later."""
     is_continued_bN: jax.Array
     """Whether the first real token of the shard, if it has one, continues what came before."""
 

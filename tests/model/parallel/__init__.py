@@ -1,0 +1,1 @@
+"""Ops on arrays split over eight simulated devices equal those on one."""
