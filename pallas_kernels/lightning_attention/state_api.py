@@ -6,8 +6,16 @@ Both are ends of the op's own passes, and neither has a gradient rule: they are 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import varying
-from pallas_kernels.lightning_attention import checks, state_xla
+from pallas_kernels import dispatch, target, varying
+from pallas_kernels.lightning_attention import checks, pallas_tpu, state_xla
+
+# By name, the two passes.
+_PASSES = {
+    "xla": (state_xla.forward, state_xla.backward),
+    "pallas_tpu": (pallas_tpu.state_forward, pallas_tpu.state_backward),
+}
+_WHY_NOT = {"pallas_tpu": pallas_tpu.why_not}
+_AUTOMATIC_ORDER = ("pallas_tpu", "xla")
 
 
 def lightning_state(
@@ -28,7 +36,7 @@ def lightning_state(
     Raises:
       ValueError: shapes, dtypes or decays do not fit.
     """
-    return state_xla.forward(*_checked(k, v, log_decay, segment_ids))
+    return _call(0, k, v, log_decay, segment_ids)
 
 
 def lightning_state_gradient(
@@ -49,11 +57,11 @@ def lightning_state_gradient(
     Raises:
       ValueError: shapes, dtypes or decays do not fit.
     """
-    return state_xla.backward(*_checked(q, dout, log_decay, segment_ids))
+    return _call(1, q, dout, log_decay, segment_ids)
 
 
-def _checked(x, y, log_decay, segment_ids):
-    """What both passes take; the state they start from is zeros."""
+def _call(index: int, x, y, log_decay, segment_ids) -> jax.Array:
+    """One of the passes, by the target compiled for; the state it starts from is zeros."""
     x, y = jnp.asarray(x), jnp.asarray(y)
     compute = checks.check_qkv(x, x, y, "B T H")
     batch, length, heads, key_dim = x.shape
@@ -61,4 +69,6 @@ def _checked(x, y, log_decay, segment_ids):
     if segment_ids is not None:
         segment_ids = checks.check_integers("segment_ids", segment_ids, (batch, length))
     zeros = jnp.zeros((batch, heads, key_dim, y.shape[-1]), compute)
-    return varying.alike(x, y, log_decay, zeros, segment_ids)
+    choices = dispatch.choose(_AUTOMATIC_ORDER, _WHY_NOT, x, x, y)
+    branches = {place: _PASSES[choice.name][index] for place, choice in choices.items()}
+    return target.select(branches, *varying.alike(x, y, log_decay, zeros, segment_ids))
