@@ -42,9 +42,10 @@ def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forget(array: jax.Array) -> jax.Array:
-    """The same numbers, as if they varied over nothing; inside `of_a_kernel`, and not for gradients.
+    """The same array, as if it varied over nothing. For use inside `of_a_kernel`; no gradient.
 
-    For kernels with loops: what they load varies as their arguments do, what they compute does not.
+    A kernel with a loop needs it: what it loads varies as its arguments do, and what it computes
+    in Mosaic's own operations does not.
     """
     return _forget_p.bind(array)
 

@@ -17,6 +17,7 @@ def forward(
     log_decay_H: jax.Array,
     zeros_BHKV: jax.Array,
     segment_ids_BT: jax.Array | None,
+    chunk: int = _CHUNK,
 ) -> jax.Array:
     """The state after the last token: the sum of k_t v_t^T, each decayed by the tokens after it."""
     length = k_BTHK.shape[1]
@@ -26,7 +27,7 @@ def forward(
         is_real_BT, count_BT, run_BT = _count(segment_ids_BT)
         is_open_BT = is_real_BT & (run_BT == run_BT[:, -1:])
         distance_bT = jnp.where(is_open_BT, count_BT[:, -1:] - count_BT, _NEVER)
-    return _decayed_sum(k_BTHK, v_BTHV, log_decay_H, zeros_BHKV, distance_bT)
+    return _decayed_sum(k_BTHK, v_BTHV, log_decay_H, zeros_BHKV, distance_bT, chunk)
 
 
 def backward(
@@ -35,6 +36,7 @@ def backward(
     log_decay_H: jax.Array,
     zeros_BHKV: jax.Array,
     segment_ids_BT: jax.Array | None,
+    chunk: int = _CHUNK,
 ) -> jax.Array:
     """The gradient of the state before the first token: each q_t dout_t^T decayed on its way."""
     length = q_BTHK.shape[1]
@@ -43,7 +45,7 @@ def backward(
     else:
         is_real_BT, count_BT, run_BT = _count(segment_ids_BT)
         distance_bT = jnp.where(is_real_BT & (run_BT == 0), count_BT, _NEVER)
-    return _decayed_sum(q_BTHK, dout_BTHV, log_decay_H, zeros_BHKV, distance_bT)
+    return _decayed_sum(q_BTHK, dout_BTHV, log_decay_H, zeros_BHKV, distance_bT, chunk)
 
 
 def _count(segment_ids_BT):
@@ -53,12 +55,12 @@ def _count(segment_ids_BT):
     return is_real_BT, *counts
 
 
-def _decayed_sum(x_BTHK, y_BTHV, log_decay_H, sum_BHKV, distance_bT):
+def _decayed_sum(x_BTHK, y_BTHV, log_decay_H, sum_BHKV, distance_bT, chunk):
     """`sum_BHKV` and the sum over t of exp(log_decay distance_t) x_t y_t^T, in its dtype."""
 
     def body(index, size, sum_BHKV):
         def cut(x, dim=1):
-            return jax.lax.dynamic_slice_in_dim(x, index * _CHUNK, size, axis=dim)
+            return jax.lax.dynamic_slice_in_dim(x, index * chunk, size, axis=dim)
 
         distance_bC11 = cut(distance_bT)[:, :, None, None]
         is_open_bC11 = distance_bC11 >= 0
@@ -72,4 +74,4 @@ def _decayed_sum(x_BTHK, y_BTHV, log_decay_H, sum_BHKV, distance_bT):
             "bchk,bchv->bhkv", decay_bCH1 * x_BCHK, y_BCHV, precision="highest"
         )
 
-    return xla.each_chunk(x_BTHK.shape[1], _CHUNK, body, sum_BHKV)
+    return xla.each_chunk(x_BTHK.shape[1], chunk, body, sum_BHKV)

@@ -1,7 +1,6 @@
 """Lightning attention split over time equals the recurrence, and shards exchange states alone."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.model.parallel import lightning
 from pallas_kernels.lightning_attention.cases import Case
+from tests.model.parallel import collectives
 from tests.pallas_kernels.lightning_attention import contract, oracle
 
 # Eight shards of 20 tokens, four of 40, two of 80.
@@ -158,11 +158,8 @@ def test_any_documents_in_shards_of_two_tokens(ids):
     contract.assert_close(_run(inputs, sequence=8), oracle.attention(*inputs))
 
 
-def _collectives(function, *arguments) -> list[tuple[str, str]]:
-    """Kind and shape of the result of every collective in a compiled program."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    return re.findall(rf"= \(?(\w+\[[\d,]*\]).*? ({kinds})(?:-start)?\(", text)
+def _collectives(function, *arguments):
+    return collectives.of(jax.jit(function).lower(*arguments).compile())
 
 
 def _gradients(attend, wanted):
@@ -183,7 +180,7 @@ def _gradients(attend, wanted):
 
 
 # Of four shards: [B, H, K, V] each.
-_STATES = ("f32[4,2,4,8,5]", "all-gather")
+_STATES = collectives.Collective("all-gather", "f32[4,2,4,8,5]")
 
 
 @pytest.mark.parametrize(("length", "with_ids"), [(160, True), (640, False)])
@@ -196,7 +193,7 @@ def test_shards_exchange_states_once_in_each_direction(length, with_ids):
     assert _collectives(_gradients(attend, (0, 1, 2, 4)), *arguments) == [_STATES] * 2
     # If anybody asks for that of the decays, one number a head is summed.
     found = _collectives(_gradients(attend, (0, 1, 2, 3, 4)), *arguments)
-    assert sorted(found) == sorted([_STATES, _STATES, ("f32[4]", "all-reduce")])
+    assert sorted(found) == [_STATES, _STATES, ("all-reduce", "f32[4]")]
 
 
 def test_a_saved_state_is_not_gathered_again_when_a_layer_is_recomputed():
