@@ -10,6 +10,7 @@ from pallas_kernels.lightning_attention.decode_api import (
     lightning_decode_slots,
     lightning_extend,
 )
+from pallas_kernels.lightning_attention.state_api import lightning_state, lightning_state_gradient
 from pallas_kernels.softmax_attention.api import softmax_attention
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "lightning_decode",
     "lightning_decode_slots",
     "lightning_extend",
+    "lightning_state",
+    "lightning_state_gradient",
     "softmax_attention",
 ]

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 from jax._src import config
+from jax.extend import core
+from jax.interpreters import batching, mlir
 
 
 def alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
@@ -39,6 +41,24 @@ def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def forget(array: jax.Array) -> jax.Array:
+    """The same array, as if it varied over nothing. For use inside `of_a_kernel`; no gradient.
+
+    A kernel with a loop needs it: what it loads varies as its arguments do, and what it computes
+    in Mosaic's own operations does not.
+    """
+    return _forget_p.bind(array)
+
+
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(axes - jax.typeof(array).manual_axis_type.varying)
     return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+_forget_p = core.Primitive("forget_mesh_axes")
+_forget_p.def_impl(lambda array: array)
+_forget_p.def_abstract_eval(
+    lambda array: array.update(manual_axis_type=type(array.manual_axis_type)())
+)
+batching.defvectorized(_forget_p)
+mlir.register_lowering(_forget_p, lambda ctx, array: [array])

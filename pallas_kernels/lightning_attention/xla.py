@@ -104,7 +104,7 @@ def _forward(chunk, q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV, segments, *
         return state_BHKV, _paste(out_BTHV, out_BHCV, index * chunk)
 
     out_BTHV = jnp.zeros_like(v_BTHV, dtype=q_BTHK.dtype if out_dtype is None else out_dtype)
-    state_BHKV, out_BTHV = _each_chunk(q_BTHK.shape[1], chunk, body, (state_BHKV, out_BTHV))
+    state_BHKV, out_BTHV = each_chunk(q_BTHK.shape[1], chunk, body, (state_BHKV, out_BTHV))
     return out_BTHV, state_BHKV
 
 
@@ -131,12 +131,12 @@ def _backward(chunk, q_BTHK, k_BTHK, v_BTHV, dout_BTHV, log_decay_H, dstate_BHKV
         return dstate_BHKV, _paste(dk_BTHK, dk_BHCK, start), _paste(dv_BTHV, dv_BHCV, start)
 
     carry = dstate_BHKV, jnp.zeros_like(k_BTHK), jnp.zeros_like(v_BTHV)
-    carry = _each_chunk(q_BTHK.shape[1], chunk, body, carry, reverse=True)
+    carry = each_chunk(q_BTHK.shape[1], chunk, body, carry, reverse=True)
     dstate_BHKV, dk_BTHK, dv_BTHV = carry
     return dk_BTHK, dv_BTHV, dstate_BHKV
 
 
-def _each_chunk(
+def each_chunk(
     length: int,
     chunk: int,
     body: Callable[[Any, int, Any], Any],

@@ -22,6 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import varying
 from pallas_kernels.lightning_attention.pallas_gpu.decays import (
     Powers,
     Segments,
@@ -73,8 +74,8 @@ def lightning_attention(
         tables: tuple = powers(log_decay_H, plan)
     else:
         tables = (log_decay_H * jnp.float32(math.log2(math.e)), *segments)
-    out_BTHV, final_BHKV = run(q_BTHK, k_BTHK, v_BTHV, initial_BHKV, *tables)
-    return out_BTHV, final_BHKV
+    inside_shard_map = varying.of_a_kernel(lambda *arrays: run(*map(varying.forget, arrays)))
+    return inside_shard_map(q_BTHK, k_BTHK, v_BTHV, initial_BHKV, *tables)
 
 
 def _kernel(plan, q, k, v, initial, *refs):

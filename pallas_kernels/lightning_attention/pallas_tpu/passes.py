@@ -90,6 +90,33 @@ def _differentiate_chunk(plan, chunk, dstate_ref, q_ref, k_ref, v_ref, dout_ref,
     _each_head(plan, chunk, (q_ref, k_ref, v_ref, dout_ref), first, second, (dk_ref, dv_ref))
 
 
+def _write_chunk(plan, chunk, state_ref, k_ref, v_ref):
+    """S = keep S + (write * k)^T v, rounded as in `_attend_chunk`; no outputs."""
+
+    def second(h, k_CK, v_CV):
+        _, _, write_CX, keep_1X = (ref[h] for ref in chunk.decays)
+        K = k_CK.shape[1]
+        written_CK = (write_CX[:, :K] * k_CK.astype(jnp.float32)).astype(k_CK.dtype)
+        state_ref[h] = keep_1X[:, :K] * state_ref[h] + _dot(v_CV, written_CK, 0, 0)
+        return ()
+
+    _each_head(plan, chunk, (k_ref, v_ref), lambda h, *operands: operands, second, ())
+
+
+def _read_chunk(plan, chunk, dstate_ref, q_ref, dout_ref):
+    """The state's gradient alone, as in `_differentiate_chunk`."""
+
+    def second(h, q_CK, dout_CV):
+        _, read_CX, _, keep_1X = (ref[h] for ref in chunk.decays)
+        K = q_CK.shape[1]
+        reading_CK = _halves(read_CX[:, :K] * q_CK.astype(jnp.float32), q_CK.dtype, 0)
+        gained_VK = _dot(_twice(dout_CV, 0), reading_CK, 0, 0)
+        dstate_ref[h] = keep_1X[:, :K] * dstate_ref[h] + gained_VK
+        return ()
+
+    _each_head(plan, chunk, (q_ref, dout_ref), lambda h, *operands: operands, second, ())
+
+
 def _each_head(plan, chunk, inputs, first, second, outputs) -> None:
     """Both halves for every head, the second half of a group after the first half of the next.
 
@@ -187,6 +214,43 @@ def backward(
         dv_BTHV.astype(v_BTHV.dtype),
         dstate_BHVK.swapaxes(2, 3),
     )
+
+
+def state_forward(
+    k_BTHK, v_BTHV, log_decay_H, zeros_BHKV, segment_ids_BT, *, interpret: Any = False
+) -> jax.Array:
+    """The final state of `forward` from zeros, which two of its four tensors suffice for."""
+    return _state_pass(
+        _write_chunk, k_BTHK, v_BTHV, log_decay_H, zeros_BHKV, segment_ids_BT,
+        is_reversed=False, name="lightning_attention_state", interpret=interpret,
+    )  # fmt: skip
+
+
+def state_backward(
+    q_BTHK, dout_BTHV, log_decay_H, zeros_BHKV, segment_ids_BT, *, interpret: Any = False
+) -> jax.Array:
+    """The gradient of `backward` for the initial state, if that of the final one is zero."""
+    return _state_pass(
+        _read_chunk, q_BTHK, dout_BTHV, log_decay_H, zeros_BHKV, segment_ids_BT,
+        is_reversed=True, name="lightning_attention_state_gradient", interpret=interpret,
+    )  # fmt: skip
+
+
+def _state_pass(
+    step, x_BTHK, y_BTHV, log_decay_H, zeros_BHKV, segment_ids_BT, *, is_reversed, name, interpret
+):
+    if x_BTHK.size == 0:
+        return zeros_BHKV
+    size = sizes.choose(None).backward if is_reversed else sizes.choose(None).forward
+    operands = _operands(x_BTHK, y_BTHV)
+    plan = _plan(
+        operands[0], y_BTHV, segment_ids_BT, size, is_reversed=is_reversed, interpret=interpret
+    )
+    (state_BHVK,) = walk.call(
+        plan, step, operands, [], log_decay_H, zeros_BHKV.swapaxes(2, 3), segment_ids_BT,
+        name=name, interpret=interpret,
+    )  # fmt: skip
+    return state_BHVK.swapaxes(2, 3)
 
 
 def why_not(target: str, q, k, v, *_) -> str | None:

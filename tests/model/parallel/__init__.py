@@ -1,1 +1,1 @@
-"""Tests of the ops on arrays that are split over devices."""
+"""Ops on arrays split over eight simulated devices equal those on one."""

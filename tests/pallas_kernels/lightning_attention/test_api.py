@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import lightning_attention, lightning_decode
+from pallas_kernels import lightning_attention, lightning_decode, lightning_state
+from pallas_kernels.lightning_attention import api
 from pallas_kernels.lightning_attention.cases import CASES
 from tests.pallas_kernels.lightning_attention import contract
 
@@ -98,3 +99,25 @@ def test_inside_shard_map_replicated_decays_get_their_whole_gradient():
         for f in (sharded, attend)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_every_kernel_can_be_traced_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def results(q, k, v, ids, log_decay):
+        def attend(q, k, v):
+            return lightning_attention(q, k, v, log_decay, segment_ids=ids)
+
+        found, pullback = jax.vjp(attend, q, k, v)
+        states = lightning_state(k, v, log_decay, segment_ids=ids)
+        return *found, states, *pullback(found)
+
+    sharded = jax.shard_map(results, mesh=mesh, in_specs=(*[split] * 4, whole), out_specs=split)
+    # Heads that the kernels of all targets take: each is traced, whatever the target.
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    assert api.choices(x, x, x)["hopper"].name == "pallas_gpu"
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    decays = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for ids_or_none in (None, ids):
+        assert jax.eval_shape(sharded, x, x, x, ids_or_none, decays)[0].dtype == jnp.bfloat16
