@@ -11,6 +11,10 @@ from pallas_kernels.lightning_attention.decode_api import (
     lightning_extend,
 )
 from pallas_kernels.softmax_attention.api import softmax_attention
+from pallas_kernels.softmax_attention.block import (
+    softmax_attention_block,
+    softmax_attention_block_gradients,
+)
 
 __all__ = [
     "grouped_matmul",
@@ -20,4 +24,6 @@ __all__ = [
     "lightning_decode_slots",
     "lightning_extend",
     "softmax_attention",
+    "softmax_attention_block",
+    "softmax_attention_block_gradients",
 ]

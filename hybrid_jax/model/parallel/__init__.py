@@ -1,0 +1,1 @@
+"""Where kernels and meshes meet: the model's ops on arrays that are split over devices."""

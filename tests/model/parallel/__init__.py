@@ -1,0 +1,1 @@
+"""Ops on arrays that are split over eight simulated devices."""
