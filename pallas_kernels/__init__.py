@@ -12,6 +12,10 @@ from pallas_kernels.lightning_attention.decode_api import (
 )
 from pallas_kernels.lightning_attention.state_api import lightning_state, lightning_state_gradient
 from pallas_kernels.softmax_attention.api import softmax_attention
+from pallas_kernels.softmax_attention.block import (
+    softmax_attention_block,
+    softmax_attention_block_gradients,
+)
 
 __all__ = [
     "grouped_matmul",
@@ -23,4 +27,6 @@ __all__ = [
     "lightning_state",
     "lightning_state_gradient",
     "softmax_attention",
+    "softmax_attention_block",
+    "softmax_attention_block_gradients",
 ]

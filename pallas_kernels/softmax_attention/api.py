@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, target, varying
-from pallas_kernels.softmax_attention import cudnn, reference, splash, xla
+from pallas_kernels.softmax_attention import checks, cudnn, reference, splash, xla
 
 # A module's forward and backward take the arrays in the order of the op's arguments, None where
 # one is missing; the forward returns the output and the logsumexp [B, T, H], the backward takes
@@ -15,7 +15,6 @@ from pallas_kernels.softmax_attention import cudnn, reference, splash, xla
 MODULES: dict[str, ModuleType] = {"splash": splash, "cudnn": cudnn, "xla": xla}
 AUTOMATIC = ("splash", "cudnn", "xla")
 WHY_NOT = {"splash": splash.why_not, "cudnn": cudnn.why_not}
-DTYPES = ("float32", "bfloat16")
 
 
 def softmax_attention(
@@ -52,18 +51,11 @@ def softmax_attention(
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691), for the blockwise form and its gradient.
     """
-    _check_arrays(q_BTHK, k_BSGK, v_BSGV)
+    checks.check_arrays(q_BTHK, k_BSGK, v_BSGV)
     B, T, H, _ = q_BTHK.shape
     _, S, _, V = v_BSGV.shape
-    if (q_segment_ids is None) != (kv_segment_ids is None):
-        given = "q_segment_ids" if kv_segment_ids is None else "kv_segment_ids"
-        raise ValueError(
-            f"softmax_attention got {given} alone; give q_segment_ids [B, T] and kv_segment_ids "
-            "[B, S] together, or neither"
-        )
-    _check_integers("q_segment_ids", q_segment_ids, (B, T))
-    _check_integers("kv_segment_ids", kv_segment_ids, (B, S))
-    _check_integers("q_offset", q_offset, (B,))
+    checks.check_segments(q_segment_ids, kv_segment_ids, (B, T), (B, S))
+    checks.check_integers("q_offset", q_offset, (B,))
     if not B * T * H * S * V:
         return jnp.zeros((B, T, H, V), q_BTHK.dtype)
     arrays = varying.alike(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids, q_offset)
@@ -87,11 +79,14 @@ def choices(
 _choose = functools.partial(dispatch.choose, AUTOMATIC, WHY_NOT)
 
 
-def _by_target(plan: dispatch.Plan, function: str, *arrays):
+def by_target(plan: dispatch.Plan, function: str, *arrays, **options):
     """`forward` or `backward` of the implementation that is planned for the target compiled for."""
+    # One function a name: the targets that share it share its branch.
+    functions = {
+        name: functools.partial(getattr(MODULES[name], function), **options) for name in plan.names
+    }
     branches = {
-        where: getattr(MODULES[name], function)
-        for where, name in zip(target.TARGETS, plan.names, strict=True)
+        where: functions[name] for where, name in zip(target.TARGETS, plan.names, strict=True)
     }
     return varying.of_a_kernel(functools.partial(target.select, branches))(*arrays)
 
@@ -103,12 +98,12 @@ def _attention(plan: dispatch.Plan, *arrays):
 
 def _forward(plan, q_BTHK, *others):
     q_BTHK = target.announce(plan.notes, q_BTHK)
-    out_BTHV, logsumexp_BTH = _by_target(plan, "forward", q_BTHK, *others)
+    out_BTHV, logsumexp_BTH = by_target(plan, "forward", q_BTHK, *others)
     return out_BTHV, (q_BTHK, *others, out_BTHV, logsumexp_BTH)
 
 
 def _backward(plan, residuals, d_out_BTHV):
-    return *_by_target(plan, "backward", *residuals, d_out_BTHV), None, None, None
+    return *by_target(plan, "backward", *residuals, d_out_BTHV), None, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -128,39 +123,3 @@ IMPLEMENTATIONS = {
     **{name: _named(name) for name in MODULES},
     "reference": reference.softmax_attention,
 }
-
-
-def _check_arrays(q, k, v) -> None:
-    """Ranks, dtypes and the sizes q, k and v share."""
-    for name, x, dims in (("q", q, "B T H K"), ("k", k, "B S G K"), ("v", v, "B S G V")):
-        if x.ndim != 4:
-            raise ValueError(
-                f"softmax_attention needs {name} of shape [{dims}], got shape {x.shape}"
-            )
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.name in DTYPES):
-        raise ValueError(
-            f"softmax_attention needs q, k and v of one dtype, {' or '.join(DTYPES)}, got "
-            f"{q.dtype.name}, {k.dtype.name} and {v.dtype.name}; cast them before the call"
-        )
-    (B, _, H, K), (_, S, G, _) = q.shape, k.shape
-    if k.shape != (B, S, G, K) or v.shape[:3] != (B, S, G):
-        raise ValueError(
-            f"softmax_attention needs k [B S G K] and v [B S G V] to match q [B T H K], got q "
-            f"{q.shape}, k {k.shape}, v {v.shape}"
-        )
-    if not K or not G or H % G:
-        raise ValueError(
-            f"softmax_attention needs a head size K >= 1 and query heads H a multiple of key-value "
-            f"heads G >= 1, got K={K}, H={H}, G={G}"
-        )
-
-
-def _check_integers(name: str, x, shape: tuple[int, ...]) -> None:
-    """An optional integer array has its shape."""
-    if x is None:
-        return
-    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(
-            f"softmax_attention needs {name} as integers of shape {shape}, got {x.dtype.name} of "
-            f"shape {x.shape}"
-        )

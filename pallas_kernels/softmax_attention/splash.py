@@ -15,15 +15,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask_info,
 )
 
+from pallas_kernels.softmax_attention import tiles
+
 # Tokens of a tile, the largest that divides the row: all fit the VMEM of every TPU compiled for.
 BLOCKS = (1024, 512, 256, 128)
 KEYS_AT_ONCE = 512
 # Two tables of (T / tile)^2 entries lie in scalar memory.
 MAX_TILES = 256
-_NO_SCORE = splash_attention_kernel.DEFAULT_MASK_VALUE
+# Where order hides nothing the kernel visits every tile, and masks by segments alone.
+_NO_TABLES = (*(splash_attention_mask_info.MaskInfo(*[None] * 5),) * 2, None)
 
 
-def why_not(target, q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B) -> str | None:
+def why_not(
+    target, q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *, causal=True
+) -> str | None:
     """Why splash attention cannot serve this call on this target; None if it can."""
     (T, K), (S, V) = (q_BTHK.shape[1], q_BTHK.shape[3]), (v_BSGV.shape[1], v_BSGV.shape[3])
     if target != "tpu":
@@ -40,10 +45,10 @@ def why_not(target, q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_
     return None
 
 
-def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *, causal=True):
     """Output in q's dtype, and the logsumexp [B, T, H] of each query's scores."""
     T = q_BTHK.shape[1]
-    tables, _, mask_function = _causal_tables(T)
+    tables, _, mask_function = _causal_tables(T) if causal else _NO_TABLES
 
     def one_row(q_HTK, k_GSK, v_GSV, segments):
         options = {**_options(T, mask_function), "save_residuals": True}
@@ -55,15 +60,18 @@ def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
     args = *args, _segments(q_segment_BT, kv_segment_BS)
     out_BHTV, (logsumexp_BHT,) = jax.vmap(one_row)(*args)
     out_BTHV, logsumexp_BTH = out_BHTV.swapaxes(1, 2), logsumexp_BHT.swapaxes(1, 2)
-    return _where_seen(out_BTHV, logsumexp_BTH, q_segment_BT), logsumexp_BTH
+    return _where_seen(out_BTHV, logsumexp_BTH, q_segment_BT, tiles.NO_SCORE)
 
 
-def backward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results):
+def backward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results, causal=True):
     """Gradients of q, k and v; `results` are the forward's and the cotangent of its output."""
     out_BTHV, logsumexp_BTH, d_out_BTHV = results
     T, K = q_BTHK.shape[1], q_BTHK.shape[3]
-    query_tables, key_tables, mask_function = _causal_tables(T)
-    d_out_BTHV = _where_seen(d_out_BTHV, logsumexp_BTH, q_segment_BT)
+    query_tables, key_tables, mask_function = _causal_tables(T) if causal else _NO_TABLES
+    # Padding sees padding in the kernel: a weight of 0, and not of exp(1e30), meets its zeros.
+    d_out_BTHV, logsumexp_BTH = _where_seen(
+        d_out_BTHV, logsumexp_BTH, q_segment_BT, -tiles.NO_SCORE
+    )
 
     def one_row(q_HTK, k_GSK, v_GSV, segments, out_HTV, logsumexp_HT, d_out_HTV):
         residuals = (
@@ -105,7 +113,7 @@ def _options(length: int, mask_function) -> dict:
         block_kv_dq=size,
     )
     return dict(
-        mask_value=_NO_SCORE,
+        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
         is_mqa=False,
         block_sizes=block_sizes,
         residual_checkpoint_name=None,
@@ -143,12 +151,14 @@ def _segments(q_segment_BT, kv_segment_BS):
     return splash_attention_kernel.SegmentIds(*segments)
 
 
-def _where_seen(x_BTHV, logsumexp_BTH, q_segment_BT):
-    """Zeros for queries of padding or without keys; to the kernel padding is a segment like others.
+def _where_seen(x_BTHV, logsumexp_BTH, q_segment_BT, otherwise: float):
+    """Zeros, and `otherwise` for the logsumexp, at queries of padding or without keys.
 
-    With a cotangent of 0 such a query adds nothing to any gradient.
+    To the kernel padding is a segment like others. With a cotangent of 0 a query adds nothing to
+    any gradient.
     """
     if q_segment_BT is None:
-        return x_BTHV
-    seen_BTH = (q_segment_BT != 0)[:, :, None] & (logsumexp_BTH > _NO_SCORE / 2)
-    return jnp.where(seen_BTH[..., None], x_BTHV, 0)
+        return x_BTHV, logsumexp_BTH
+    seen_BTH = (q_segment_BT != 0)[:, :, None] & (logsumexp_BTH > tiles.NO_SCORE / 2)
+    out_BTHV = jnp.where(seen_BTH[..., None], x_BTHV, 0)
+    return out_BTHV, jnp.where(seen_BTH, logsumexp_BTH, otherwise)

@@ -47,24 +47,27 @@ def _by_rows(function, scores: int, *args):
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B):
+def forward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *, causal=True):
     """Output in q's dtype, and the logsumexp [B, T, H] of each query's scores."""
-    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, _or_zeros(offset_B, q_BTHK))
+    offset_B = _offset(q_BTHK, k_BSGK, offset_B, causal)
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
     if q_BTHK.shape[1] == 1:
         return decode.forward(*args)
     return _by_rows(_forward, FORWARD_SCORES, *args)
 
 
-def backward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results):
+def backward(q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B, *results, causal=True):
     """Gradients of q, k and v; `results` are the forward's and the cotangent of its output."""
-    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, _or_zeros(offset_B, q_BTHK))
+    offset_B = _offset(q_BTHK, k_BSGK, offset_B, causal)
+    args = (q_BTHK, k_BSGK, v_BSGV, q_segment_BT, kv_segment_BS, offset_B)
     gradients = _by_rows(_backward, BACKWARD_SCORES, *args, *results)
     return tuple(d_x.astype(x.dtype) for d_x, x in zip(gradients, args))
 
 
-def _or_zeros(offset_B, q_BTHK):
+def _offset(q_BTHK, k_BSGK, offset_B, causal: bool):
+    """Where the queries stand: behind every key where order hides none."""
     if offset_B is None:
-        return jnp.zeros(q_BTHK.shape[0], jnp.int32)
+        return jnp.full(q_BTHK.shape[0], 0 if causal else k_BSGK.shape[1], jnp.int32)
     return offset_B.astype(jnp.int32)
 
 
