@@ -65,14 +65,14 @@ class Load:
 
 
 def expert_mixture(
-    x_TD: jax.Array,
+    x_TD,
     choice: router.Choice,
-    gate_up_ED2F: jax.Array,
-    down_EFD: jax.Array,
+    gate_up_ED2F,
+    down_EFD,
     num_experts: int,
     axes: ExpertAxes,
     capacity: Capacity = DROPLESS,
-    group_offset: jax.Array | None = None,
+    group_offset=None,
 ) -> tuple[jax.Array, Load]:
     """This device's part of `ffn.moe.expert_mixture`: out_TD in float32, and the load.
 

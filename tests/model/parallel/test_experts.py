@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,15 @@ from jax.sharding import AxisType, PartitionSpec
 from hybrid_jax.config import layers
 from hybrid_jax.model.ffn import moe, router
 from hybrid_jax.model.parallel import experts
+from tests import aot
 
 D, E, F, A, TOKENS = 8, 16, 6, 2, 64
 SPEC = layers.SigmoidTopK(experts_per_token=A)
 AXES = ("data", "expert", "tensor")
 TOKEN_SPLIT = PartitionSpec(("data", "expert"))
+# In the text of a program: one match an operation, whether it is split into start and done or not.
+RAGGED = re.compile(r" ragged-all-to-all(-start)?\(")
+GATHERS = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute)(-start)?\(")
 # Sizes of the mesh axes.
 MESHES = [(4, 2, 1), (2, 4, 1), (1, 8, 1), (1, 4, 2)]
 # What is added to the scores of experts when they are chosen.
@@ -191,3 +196,107 @@ def test_capacity_for_the_worst_case_is_dropless_with_its_gradients(skew):
     )
     for left, right in zip(jax.tree.leaves(limited), jax.tree.leaves(free), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def mixture(arguments, expert_TA, *, sizes=(2, 4, 1), num_experts=E, gate_up_split="expert"):
+    """The mixture for choices that are given, each of weight 1, and the load of each device."""
+
+    def local(x, expert, gate_up, down):
+        choice = router.Choice(expert, jnp.ones(expert.shape, jnp.float32))
+        capacity, axes = experts.Capacity(per_expert=2.0), experts.ExpertAxes(replicas=("data",))
+        out, load = experts.expert_mixture(x, choice, gate_up, down, num_experts, axes, capacity)
+        return out, jax.tree.map(lambda leaf: leaf[None], load)
+
+    specs = (TOKEN_SPLIT, TOKEN_SPLIT, PartitionSpec(gate_up_split), PartitionSpec("expert"))
+    mapped = jax.shard_map(
+        local,
+        mesh=jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3),
+        in_specs=specs,
+        out_specs=(TOKEN_SPLIT, TOKEN_SPLIT),
+    )
+    x, _, gate_up, down = arguments
+    return jax.jit(mapped)(x, expert_TA, gate_up, down)
+
+
+def test_padding_takes_no_place_from_tokens():
+    arguments, _ = arrays()
+    # Every second token is padding. The others want expert 3, which takes 16 = 2 x 64 x 2 / 16,
+    # and expert 9.
+    expert_TA = np.where(np.arange(TOKENS)[:, None] % 2, E, np.array([[3, 9]])).astype(np.int32)
+    out, load = mixture(arguments, expert_TA)
+    assert load.chosen_E.sum() == TOKENS
+    np.testing.assert_array_equal(load.dropped_E.sum(0)[jnp.array([3, 9])], [16, 16])
+    has_out_T = np.asarray(out != 0).any(axis=1)
+    token_T = np.arange(TOKENS)
+    np.testing.assert_array_equal(has_out_T, (token_T % 2 == 0) & (token_T < 32))
+
+
+def test_bfloat16_rows_are_exchanged_as_they_are():
+    (x, matrix, gate_up, down), _ = arrays()
+    bias = bias_of("even")
+    x = jnp.asarray(x, jnp.bfloat16)
+    choice = choices_of(bias)
+
+    def local(x, expert, weight, gate_up, down):
+        return experts.expert_mixture(
+            x, router.Choice(expert, weight), gate_up, down, E, experts.ExpertAxes()
+        )[0]
+
+    mapped = jax.shard_map(
+        local,
+        mesh=jax.make_mesh((8, 1), ("expert", "tensor"), (AxisType.Auto,) * 2),
+        in_specs=PartitionSpec("expert"),
+        out_specs=PartitionSpec("expert"),
+    )
+    out = jax.jit(mapped)(x, choice.expert_TA, choice.weight_TA, gate_up, down)
+    assert out.dtype == jnp.float32
+    expected = jax.jit(moe.expert_mixture, static_argnums=(4, 5))(x, choice, gate_up, down, E, None)
+    # The same roundings, row by row.
+    assert_close(out, expected)
+
+
+def test_what_does_not_fit_is_said():
+    arguments, _ = arrays()
+    expert_TA = np.zeros((TOKENS, A), np.int32)
+    with pytest.raises(ValueError, match="18 experts over the 4 devices"):
+        mixture(arguments, expert_TA, num_experts=18)
+    with pytest.raises(ValueError, match=r"gate_up of the 4 experts of a device.*got shape \(16,"):
+        mixture(arguments, expert_TA, gate_up_split=None)
+    with pytest.raises(ValueError, match=r"Capacity.per_expert .* got 0"):
+        experts.Capacity(per_expert=0)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5p:2x2x1", "h100:4"])
+def test_a_step_for_chips_exchanges_four_times_and_gathers_only_counts(target):
+    devices = aot.devices(target)
+    mesh = jax.make_mesh((4,), ("expert",), (AxisType.Auto,), devices=devices)
+
+    def local(x, expert, weight, gate_up, down, dout):
+        def call(x, weight, gate_up, down):
+            choice = router.Choice(expert, weight)
+            out, _ = experts.expert_mixture(x, choice, gate_up, down, 8, experts.ExpertAxes())
+            return out
+
+        out, pull = jax.vjp(call, x, weight, gate_up, down)
+        return out, pull(dout)
+
+    split = PartitionSpec("expert")
+    sharding = jax.sharding.NamedSharding(mesh, split)
+    tokens, width, hidden = 2048, 256, 384
+    shapes = [
+        ((tokens, width), jnp.bfloat16),
+        ((tokens, 2), jnp.int32),
+        ((tokens, 2), jnp.float32),
+        ((8, width, 2, hidden), jnp.bfloat16),
+        ((8, hidden, width), jnp.bfloat16),
+        ((tokens, width), jnp.float32),
+    ]
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split)
+    abstract = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    text = jax.jit(mapped).lower(*abstract).compile().as_text()
+    exchanges = [line for line in text.splitlines() if RAGGED.search(line)]
+    assert len(exchanges) == 4
+    others = [line for line in text.splitlines() if GATHERS.search(line)]
+    # The counts of 8 experts at 4 devices; TPUs gather so few numbers by a sum.
+    assert others and all(re.search(r"= \(?s32\[", line) for line in others), others
