@@ -26,6 +26,11 @@ class Rules:
     activations: Table
     """Batch, time, and what the layers compute."""
 
+    @property
+    def axes(self) -> set[str]:
+        """Mesh axes that any work is split over."""
+        return {axis for split in self.activations.values() for axis in split}
+
     def parameter(
         self, axes: Sequence[Logical], shape: Sequence[int], mesh: MeshShape, name: str
     ) -> PartitionSpec:
@@ -83,7 +88,8 @@ def _spec(table: Table, axes, shape, mesh: MeshShape, name: str) -> PartitionSpe
 
 
 _L = Logical
-_ROWS = ("data", "fsdp", "expert")
+# Rows of the batch go to all of these; tokens leave them for the experts they choose.
+_ACTIVATIONS: Table = {_L.BATCH: ("data", "fsdp", "expert"), _L.EXPERTS: ("expert",)}
 _WIDTHS: Table = {_L.HEADS: ("tensor",), _L.KV_HEADS: ("tensor",), _L.FFN: ("tensor",)}
 _TENSOR: Table = {_L.VOCAB: ("tensor",), **_WIDTHS}
 _EXPERT: Table = {_L.EXPERTS: ("expert",), _L.FFN: ("tensor",)}
@@ -94,37 +100,35 @@ _ALL = (
         "every parameter split over fsdp and gathered layer by layer",
         parameters={_L.MODEL: ("fsdp",)},
         experts={_L.MODEL: ("fsdp",)},
-        activations={_L.BATCH: ("data", "fsdp")},
+        activations=_ACTIVATIONS,
     ),
     Rules(
         "fsdp_tensor",
         "fsdp, with heads, feed-forwards and vocabulary over tensor",
         parameters={_L.MODEL: ("fsdp",), **_TENSOR},
         experts={_L.MODEL: ("fsdp",), _L.FFN: ("tensor",)},
-        activations={_L.BATCH: ("data", "fsdp"), **_TENSOR},
+        activations={**_ACTIVATIONS, **_TENSOR},
     ),
     Rules(
         "expert",
         "fsdp_tensor, with experts over expert: tokens travel to them",
         parameters={_L.MODEL: ("fsdp", "expert"), **_TENSOR},
         experts={_L.MODEL: ("fsdp",), **_EXPERT},
-        activations={_L.BATCH: _ROWS, _L.EXPERTS: ("expert",), **_TENSOR},
+        activations={**_ACTIVATIONS, **_TENSOR},
     ),
     Rules(
         "long_context",
         "expert, with every row split over sequence, and parameters too",
         parameters={_L.MODEL: ("fsdp", "expert", "sequence"), **_TENSOR},
         experts={_L.MODEL: ("fsdp", "sequence"), **_EXPERT},
-        activations={
-            _L.BATCH: _ROWS, _L.TIME: ("sequence",), _L.EXPERTS: ("expert",), **_TENSOR
-        },
+        activations={_L.TIME: ("sequence",), **_ACTIVATIONS, **_TENSOR},
     ),
     Rules(
         "serve",
         "nothing is gathered: heads over tensor, experts over expert, their width over tensor",
         parameters=_TENSOR,
         experts=_EXPERT,
-        activations={_L.BATCH: _ROWS, _L.EXPERTS: ("expert",), **_TENSOR},
+        activations={**_ACTIVATIONS, **_TENSOR},
     ),
 )  # fmt: skip
 PRESETS = {rules.name: rules for rules in _ALL}

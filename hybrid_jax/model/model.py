@@ -15,6 +15,7 @@ from hybrid_jax.model.context import Context, segment_positions
 from hybrid_jax.model.embedding import Embedding, Head, shift_half
 from hybrid_jax.model.ffn.router import Routing
 from hybrid_jax.model.norm import RmsNorm
+from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.stack import Stack
 
 
@@ -59,13 +60,15 @@ class Model(nnx.Module):
     ) -> Hidden:
         """The output of the final norm, continuing `state` if one is given.
 
-        `placement` says how parameters and activations are split over devices.
+        `placement` says how parameters and activations are split over devices; not with a state.
 
         With a state, every row is one sequence: `segment_ids` may only say which of its tokens are
         real (1) and which are right padding (0), and the caller makes sure that T more tokens fit
         the capacity of every row.
         """
         tokens_BT, context = self._context(tokens_BT, segment_ids, positions, state)
+        if placement is not None and state is not None:
+            raise ValueError("Decoding on a mesh is not there yet; leave out placement or state.")
         context = dataclasses.replace(context, placement=placement)
         x_BTD = self._embed(tokens_BT, context, state)
         if state is None:
@@ -111,7 +114,11 @@ class Model(nnx.Module):
 
     def _embed(self, tokens_BT, context: Context, state):
         dtype = jnp.dtype(self.config.dtypes.compute)
-        x_BTD = self.embedding(tokens_BT, dtype)
+        if context.placement is None:
+            x_BTD = self.embedding(tokens_BT, dtype)
+        else:
+            table_WD = self.embedding.table[...]
+            x_BTD = placed.look_up(context.placement, table_WD, tokens_BT).astype(dtype)
         if not self.config.shift_embeddings:
             return x_BTD
         before_BD = jnp.zeros_like(x_BTD[:, 0])

@@ -3,6 +3,8 @@
 Both are ends of the op's own passes, and neither has a gradient rule: they are for such rules.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,7 @@ from pallas_kernels import dispatch, target, varying
 from pallas_kernels.lightning_attention import checks, pallas_tpu, state_xla
 
 # By name, the two passes.
-_PASSES = {
+_PASSES: dict[str, tuple[Callable[..., jax.Array], ...]] = {
     "xla": (state_xla.forward, state_xla.backward),
     "pallas_tpu": (pallas_tpu.state_forward, pallas_tpu.state_backward),
 }

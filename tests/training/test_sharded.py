@@ -1,5 +1,6 @@
 """One update on eight devices equals the one on a single device, whatever is split over them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,7 +28,19 @@ def _text_01():
     return own.hybrid("text-01-like", ffn=moe, period=2, **_SIZES)
 
 
-MODELS = {"text-01": _text_01}
+def _m2():
+    """Softmax attention everywhere, with norms of q and k, and a sigmoid router with a bias."""
+    moe = layers.MoeFfn(
+        num_experts=8, hidden_dim=16, router=layers.SigmoidTopK(experts_per_token=2)
+    )
+    config = own.hybrid("m2-like", ffn=moe, period=2, **_SIZES)
+    run = dataclasses.replace(config.pattern[1], count=2)
+    mixer = dataclasses.replace(run.layer.mixer, qk_norm=True, rotary_dim=4)
+    layer = dataclasses.replace(run.layer, mixer=mixer)
+    return dataclasses.replace(config, pattern=(dataclasses.replace(run, layer=layer),))
+
+
+MODELS = {"text-01": _text_01, "m2": _m2}
 
 
 @functools.cache
@@ -56,6 +69,10 @@ def _update(model: str, mesh: str | None, rules: str = "expert"):
     [
         ("fsdp", "fsdp=8"),
         ("fsdp_tensor", "data=2,fsdp=2,tensor=2"),
+        ("expert", "fsdp=2,expert=4"),
+        ("expert", "data=2,expert=2,tensor=2"),
+        ("long_context", "sequence=4,expert=2"),
+        ("long_context", "fsdp=2,sequence=2,tensor=2"),
     ],
 )
 def test_an_update_is_the_same_wherever_it_is_computed(model, rules, mesh):

@@ -9,9 +9,9 @@ from hybrid_jax.model.context import Context
 from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.ffn.dense import swiglu
 from hybrid_jax.model.linear import project
-from hybrid_jax.model.parallel.placement import ROWS
+from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
-from pallas_kernels import grouped_swiglu, varying
+from pallas_kernels import grouped_swiglu
 from sharding import Logical
 
 
@@ -76,7 +76,10 @@ class MixtureOfExperts(nnx.Module):
                 self.spec.num_experts, context.group_offset,
             )  # fmt: skip
         else:
-            out_RD = self._placed(x_BTD, choice, context.placement).reshape(B * T, D)
+            out_RD = placed.expert_mixture(
+                context.placement, x_BTD, choice, self.gate_up[...], self.down[...],
+                self.spec.num_experts,
+            ).reshape(B * T, D)  # fmt: skip
         real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
         real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)
         routing = router.statistics(logits_RE, choice.expert_TA, real_R)
@@ -84,35 +87,6 @@ class MixtureOfExperts(nnx.Module):
         if self.spec.shared is not None:
             out_BTD = self.shared(x_BTD, out_BTD)
         return out_BTD.astype(x_BTD.dtype), routing
-
-    def _placed(self, x_BTD, choice, placement):
-        B, T, _ = x_BTD.shape
-        rows = placement.spec(*ROWS, None)
-        widths = placement.axes_of(Logical.FFN)
-
-        def local(*arrays):
-            x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD = varying.alike(*arrays)
-            B, T, D = x_BTD.shape
-            x_RD, expert_RA, weight_RA = (
-                x.reshape(B * T, -1) for x in (x_BTD, expert_BTA, weight_BTA)
-            )
-            choice = router.Choice(expert_RA, weight_RA)
-            out_RD = expert_mixture(
-                x_RD, choice, gate_up_ED2F, down_EFD, self.spec.num_experts, None
-            )
-            out_RD = jax.lax.psum(out_RD, widths) if widths else out_RD
-            return out_RD.reshape(B, T, D)
-
-        return jax.shard_map(
-            local, mesh=placement.mesh, out_specs=rows,
-            in_specs=(
-                rows, rows, rows, placement.spec(None, None, None, Logical.FFN),
-                placement.spec(None, Logical.FFN, None),
-            ),
-        )(
-            x_BTD, choice.expert_TA.reshape(B, T, -1), choice.weight_TA.reshape(B, T, -1),
-            self.gate_up[...], self.down[...],
-        )  # fmt: skip
 
     def _choose(self, logits_RE) -> router.Choice:
         if isinstance(self.spec.router, layers.SigmoidTopK):

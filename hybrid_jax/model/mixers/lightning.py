@@ -9,7 +9,7 @@ from hybrid_jax.model import decay
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
-from hybrid_jax.model.parallel import lightning as parallel
+from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
 from pallas_kernels import lightning_attention, lightning_decode
 from sharding import Logical
@@ -49,11 +49,10 @@ class LightningMixer(nnx.Module):
                 q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], log_decay_H, state_BHKV
             )
             out_BTHV = out_BHV[:, None]
-        elif state_BHKV is None:
-            out_BTHV, _ = parallel.lightning_attention(
-                context.placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H,
-                segment_ids_BT=context.segment_ids_BT,
-            )  # fmt: skip
+        elif context.placement is not None:
+            out_BTHV = placed.lightning_attention(
+                context.placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H, context.segment_ids_BT
+            )
         else:
             out_BTHV, state_BHKV = lightning_attention(
                 q_BTHK,

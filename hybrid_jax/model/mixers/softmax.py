@@ -10,7 +10,7 @@ from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
-from hybrid_jax.model.parallel import softmax as parallel
+from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
 from hybrid_jax.model.rotary import rotate
 from pallas_kernels import softmax_attention
@@ -62,9 +62,14 @@ class SoftmaxMixer(nnx.Module):
             k_BTGK = rms_norm(k_BTGK, self.k_norm[...], self.norm_eps, num_dims=2)
         q_BTHK = rotate(q_BTHK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
         k_BTGK = rotate(k_BTGK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
-        if state is None:
-            out_BTHV = parallel.softmax_attention(
+        if context.placement is not None:
+            out_BTHV = placed.softmax_attention(
                 context.placement, q_BTHK, k_BTGK, v_BTGV, context.segment_ids_BT
+            )
+        elif state is None:
+            segments = context.segment_ids_BT
+            out_BTHV = softmax_attention(
+                q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
             )
         else:
             # Right-padded rows write rows past their length that causality hides and later

@@ -19,7 +19,8 @@ class Borders(NamedTuple):
     cuts_bM: jax.Array
     """Shards that hand nothing on: a document begins there, at the first real token or later."""
     is_continued_bN: jax.Array
-    """Whether the first real token of the shard, if it has one, continues what came before."""
+    """Whether the first real token of the shard continues what came before. Nothing depends on it
+    where there is none."""
 
     def decay(self, log_decay_H: jax.Array, start, stop) -> jax.Array:
         """`[X, b, H]`: what arrives at border `stop` of a state at `start`; one of them may be [X].
@@ -64,8 +65,9 @@ def locate(segment_ids_BNT: jax.Array) -> Borders:
     def up_to(count_BN):
         return jnp.pad(jnp.cumsum(count_BN, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
-    is_continued_BN = (first_id_BN == 0) | (first_id_BN == open_id_BN)
-    return Borders(up_to(is_real_BNT.sum(axis=2)), up_to(is_cut_BN), is_continued_BN)
+    return Borders(
+        up_to(is_real_BNT.sum(axis=2)), up_to(is_cut_BN), is_continued_bN=first_id_BN == open_id_BN
+    )
 
 
 def _latest_before(id_BN: jax.Array) -> jax.Array:

@@ -26,9 +26,8 @@ class Placement:
         return MeshShape(**dict(self.mesh.shape))
 
     def axes_of(self, logical: Logical) -> tuple[str, ...]:
-        """Mesh axes of more than one device that split an activation's dim."""
-        split = self.rules.activations.get(logical, ())
-        return tuple(axis for axis in split if self.shape.sizes[axis] > 1)
+        """Mesh axes that split an activation's dim, those of one device too."""
+        return self.rules.activations.get(logical, ())
 
     def spec(self, *axes: Logical | None) -> PartitionSpec:
         """How dims of an activation are split; None is a dim that never is."""
@@ -68,5 +67,11 @@ class Placement:
 def make(mesh_text: str, rules_name: str, devices=None) -> Placement:
     """From what a user types; ValueError for what does not multiply out or is not known."""
     devices = jax.devices() if devices is None else devices
-    shape = mesh.parse(mesh_text, len(devices))
-    return Placement(mesh.make(shape, devices), rules.get(rules_name))
+    shape, chosen = mesh.parse(mesh_text, len(devices)), rules.get(rules_name)
+    idle = [axis for axis, size in shape.sizes.items() if size > 1 and axis not in chosen.axes]
+    if idle:
+        raise ValueError(
+            f"The rules {rules_name!r} split nothing over {', '.join(idle)}: devices of the mesh "
+            f"{mesh_text!r} would do the same work; use other rules, or leave the axis out."
+        )
+    return Placement(mesh.make(shape, devices), chosen)

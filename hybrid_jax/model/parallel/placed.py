@@ -1,0 +1,99 @@
+"""The model's ops where its arrays live: each on one device's part, and what the parts exchange."""
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from hybrid_jax.model.ffn.router import Choice
+from hybrid_jax.model.parallel import experts, lightning, softmax
+from hybrid_jax.model.parallel.placement import ROWS, Placement
+from pallas_kernels import varying
+from sharding import Logical
+
+
+def _run(placement: Placement, local, in_specs, out_specs, *arrays):
+    return jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs)(
+        *arrays
+    )
+
+
+def _sequence(placement: Placement) -> str | None:
+    """The mesh axis that splits time; None if none does."""
+    axes = placement.axes_of(Logical.TIME)
+    return axes[0] if axes and placement.shape.sizes[axes[0]] > 1 else None
+
+
+def lightning_attention(
+    placement: Placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT
+) -> jax.Array:
+    """The op's output; with time split, shards exchange states (`parallel.lightning`)."""
+    axis = _sequence(placement)
+
+    def local(q, k, v, log_decay, ids):
+        if axis is None:
+            return pallas_kernels.lightning_attention(q, k, v, log_decay, segment_ids=ids)[0]
+        return lightning.lightning_attention(
+            q, k, v, log_decay, axis=axis, segment_ids_BT=ids
+        )[0]  # fmt: skip
+
+    x = placement.spec(*ROWS, Logical.HEADS, None)
+    # Ids of whole rows: shards then need not ask each other where documents end.
+    ids = None if segment_ids_BT is None else placement.spec(Logical.BATCH, None)
+    specs = (x, x, x, placement.spec(Logical.HEADS), ids)
+    return _run(placement, local, specs, x, q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT)
+
+
+def softmax_attention(placement: Placement, q_BTHK, k_BTGK, v_BTGV, segment_ids_BT) -> jax.Array:
+    """The op's output for rows over themselves; with time split, `parallel.softmax`."""
+    axis = _sequence(placement)
+
+    def local(q, k, v, ids):
+        if axis is None:
+            return pallas_kernels.softmax_attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids)
+        return softmax.split_softmax_attention(q, k, v, segment_ids=ids, axis=axis)
+
+    q = placement.spec(*ROWS, Logical.HEADS, None)
+    kv = placement.spec(*ROWS, Logical.KV_HEADS, None)
+    ids = None if segment_ids_BT is None else placement.spec(Logical.BATCH, None)
+    return _run(placement, local, (q, kv, kv, ids), q, q_BTHK, k_BTGK, v_BTGV, segment_ids_BT)
+
+
+def expert_mixture(
+    placement: Placement, x_BTD, choice: Choice, gate_up_ED2F, down_EFD, num_experts: int
+) -> jax.Array:
+    """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D]; `choice` is of the B * T tokens."""
+    widths = placement.axes_of(Logical.FFN)
+    axes = experts.ExpertAxes(tensor=widths or None)
+
+    def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
+        x_TD, expert_TA, weight_TA = (
+            x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
+        )
+        out_TD, _ = experts.expert_mixture(
+            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes
+        )
+        return out_TD.reshape(x_BTD.shape)
+
+    rows = placement.spec(*ROWS, None)
+    gate_up = placement.spec(Logical.EXPERTS, None, None, Logical.FFN)
+    down = placement.spec(Logical.EXPERTS, Logical.FFN, None)
+    choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
+    specs = (rows, rows, rows, gate_up, down)
+    return _run(placement, local, specs, rows, x_BTD, *choices, gate_up_ED2F, down_EFD)
+
+
+def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:
+    """Rows of a table whose words are split: each device gives those it has, and the sum is all."""
+    words = placement.axes_of(Logical.VOCAB)
+
+    def local(table_WD, tokens_BT):
+        table_WD, tokens_BT = varying.alike(table_WD, tokens_BT)
+        W = table_WD.shape[0]
+        here_BT = tokens_BT - (jax.lax.axis_index(words) * W if words else 0)
+        is_here_BT = (here_BT >= 0) & (here_BT < W)
+        x_BTD = jnp.where(is_here_BT[:, :, None], table_WD.at[here_BT].get(mode="clip"), 0)
+        return jax.lax.psum(x_BTD, words) if words else x_BTD
+
+    rows = placement.spec(*ROWS)
+    specs = (placement.spec(Logical.VOCAB, None), rows)
+    return _run(placement, local, specs, placement.spec(*ROWS, None), table_WD, tokens_BT)
