@@ -30,12 +30,12 @@ def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(*arrays):
-        leaves = jax.tree.leaves(arrays)
+        leaves, tree = jax.tree.flatten(arrays)
         axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
         with config._check_vma(False):
-            results = function(*arrays)
-        if not axes:
-            return results
+            if not axes:
+                return function(*arrays)
+            results = _closed(lambda *leaves: function(*tree.unflatten(leaves)))(*leaves)
         return jax.tree.map(lambda x: _vary(x, axes), results)
 
     return call
@@ -48,6 +48,26 @@ def forget(array: jax.Array) -> jax.Array:
     in Mosaic's own operations does not.
     """
     return _forget_p.bind(array)
+
+
+def _closed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one operation that no transformation opens.
+
+    `jax.checkpoint` around a shard_map would trace parts of it again, and then check them.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(*leaves):
+        return jax.jit(function)(*leaves)
+
+    @call.def_vmap
+    def many(axis_size, in_batched, *leaves):
+        places = [0 if batched else None for batched in in_batched]
+        mapped = jax.vmap(function, in_axes=places, axis_size=axis_size)
+        results = _closed(mapped)(*leaves)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
 
 
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:

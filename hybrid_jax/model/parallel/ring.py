@@ -32,7 +32,7 @@ class Ring(NamedTuple):
     implementation: str | None
 
 
-class _Pair(NamedTuple):
+class Blocks(NamedTuple):
     """Two blocks, one above the other along the batch: low or high chunk of queries and of keys."""
 
     behind: jax.Array
@@ -90,13 +90,13 @@ def _forward(ring: Ring, q_BTHK, k_BTGK, v_BTGV, segment_ids):
     )
 
     def attend(step, results, keys):
-        pair = _pair(ring, segment_ids, step)
+        blocks = blocks_of_step(ring, segment_ids, step)
         found = softmax_attention_block(
-            *(pair.queries(q_BTHK), *map(pair.keys, keys)),
-            **pair.options,
+            *(blocks.queries(q_BTHK), *map(blocks.keys, keys)),
+            **blocks.options,
             implementation=ring.implementation,
         )
-        return _merge(pair, results, found)
+        return _merge(blocks, results, found)
 
     def one_step(carry, step):
         *results, k_BTGK, v_BTGV = carry
@@ -123,19 +123,19 @@ def _backward(ring: Ring, residuals, d_out_BTHV):
     )
 
     def add(step, gradients, keys):
-        pair = _pair(ring, segment_ids, step)
+        blocks = blocks_of_step(ring, segment_ids, step)
         dq_ZCHK, dk_ZCGK, dv_ZCGV = softmax_attention_block_gradients(
-            *(pair.queries(q_BTHK), *map(pair.keys, keys), *map(pair.queries, results)),
-            **pair.options,
+            *(blocks.queries(q_BTHK), *map(blocks.keys, keys), *map(blocks.queries, results)),
+            **blocks.options,
             implementation=ring.implementation,
         )
         dq_BTHK, dk_BTGK, dv_BTGV = gradients
         # Those of the keys are a step behind them and arrive while the blocks are calculated.
         dk_BTGK, dv_BTGV = _pass_on(ring, dk_BTGK, dv_BTGV)
         return (
-            pair.add_queries(dq_BTHK, dq_ZCHK),
-            pair.add_keys(dk_BTGK, dk_ZCGK),
-            pair.add_keys(dv_BTGV, dv_ZCGV),
+            blocks.add_queries(dq_BTHK, dq_ZCHK),
+            blocks.add_keys(dk_BTGK, dk_ZCGK),
+            blocks.add_keys(dv_BTGV, dv_ZCGV),
         )
 
     def one_step(carry, step):
@@ -172,15 +172,15 @@ def _pass_on(ring: Ring, *arrays):
     return tuple(lax.ppermute(x, ring.axis, places) for x in arrays)
 
 
-def _merge(pair: _Pair, results, found):
+def _merge(blocks: Blocks, results, found):
     """Results over more keys: each a mean of values, weighted by the sum of exp(score) it is of."""
     out_BTHV, logsumexp_BTH = results
     out_ZCHV, logsumexp_ZCH = found
     first, second = zip(*(jnp.split(x, 2) for x in (out_ZCHV, logsumexp_ZCH)), strict=True)
     low, high = zip(*(jnp.split(x, 2, axis=1) for x in (out_BTHV, logsumexp_BTH)), strict=True)
     high = _merge_one(high, first)
-    changed = _merge_one(_where(pair.behind, high, low), second)
-    low, high = _where(pair.behind, low, changed), _where(pair.behind, changed, high)
+    changed = _merge_one(_where(blocks.behind, high, low), second)
+    low, high = _where(blocks.behind, low, changed), _where(blocks.behind, changed, high)
     return tuple(jnp.concatenate(halves, axis=1) for halves in zip(low, high, strict=True))
 
 
@@ -194,19 +194,19 @@ def _merge_one(one, other):
 
 
 def _where(condition, yes, no):
-    return tuple(jnp.where(condition, *pair) for pair in zip(yes, no, strict=True))
+    return tuple(jnp.where(condition, *arrays) for arrays in zip(yes, no, strict=True))
 
 
-def _pair(ring: Ring, segment_ids, step) -> _Pair:
+def blocks_of_step(ring: Ring, segment_ids, step) -> Blocks:
     """The two blocks of a step, with the keys of the device `step` places before in the ring."""
     device, size = lax.axis_index(ring.axis), lax.axis_size(ring.axis)
     sender = (device - step) % size
     behind = sender > device
     if segment_ids is None:
-        return _Pair(behind, None, None)
-    pair = _Pair(behind, None, None)
+        return Blocks(behind, None, None)
+    blocks = Blocks(behind, None, None)
     q_segment_BT, kv_segment_BT = (_segments(segment_ids, d, size) for d in (device, sender))
-    return _Pair(behind, pair.queries(q_segment_BT), pair.keys(kv_segment_BT))
+    return Blocks(behind, blocks.queries(q_segment_BT), blocks.keys(kv_segment_BT))
 
 
 def _own_options(ring: Ring, segment_ids) -> dict:
