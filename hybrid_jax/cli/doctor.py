@@ -91,17 +91,26 @@ def _calls() -> dict:
     lightning, steps = "lightning_attention.api", "lightning_attention.decode_api"
     gate_up, down = array(32, 6144, 2 * 9216), array(32, 9216, 6144)
     softmax, matmul = "softmax_attention.api", "grouped_matmul.api"
-    swiglu = "grouped_swiglu.api"
+    swiglu, states = "grouped_swiglu.api", "lightning_attention.state_api"
+    block = "softmax_attention.block"
     attend = (x, x, x, decay, first_state)
     return {
         "lightning_attention": (lightning, (*attend, None), {}),
         "lightning_attention, packed": (lightning, (*attend, segments), {}),
+        "lightning_state": (states, (x, x, x), {}),
+        "lightning_state_gradient": (states, (x, x, x), {}),
         "lightning_decode": (steps, (token, token, token, decay, state), {}),
         "lightning_decode_slots": (steps, (token, token, token, decay, state, slots), {}),
         "lightning_extend": (steps, (few, few, few, decay, state), {}),
         "softmax_attention": (softmax, (x, keys, keys), {}),
         "softmax_attention, packed": (softmax, (x, keys, keys), packed),
         "softmax_attention, decode": (softmax, (array(256, 1, heads, head_dim), cache, cache), at),
+        "softmax_attention_block": (block, (x, keys, keys, None, None, None), {"causal": True}),
+        "softmax_attention_block_gradients": (
+            block,
+            (x, keys, keys, None, None, None),
+            {"causal": True},
+        ),
         "grouped_matmul": (matmul, (rows, experts, sizes), {}),
         "grouped_swiglu": (swiglu, (rows, gate_up, down, sizes, None), {}),
     }

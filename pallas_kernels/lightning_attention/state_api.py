@@ -62,6 +62,11 @@ def lightning_state_gradient(
     return _call(1, q, dout, log_decay, segment_ids)
 
 
+def choices(*arrays) -> dict[target.Target, dispatch.Choice]:
+    """For every target, the implementation of both, and why not the others."""
+    return dispatch.choose(_AUTOMATIC_ORDER, _WHY_NOT, *arrays)
+
+
 def _call(index: int, x, y, log_decay, segment_ids) -> jax.Array:
     """One of the passes, by the target compiled for; the state it starts from is zeros."""
     x, y = jnp.asarray(x), jnp.asarray(y)
@@ -71,6 +76,6 @@ def _call(index: int, x, y, log_decay, segment_ids) -> jax.Array:
     if segment_ids is not None:
         segment_ids = checks.check_integers("segment_ids", segment_ids, (batch, length))
     zeros = jnp.zeros((batch, heads, key_dim, y.shape[-1]), compute)
-    choices = dispatch.choose(_AUTOMATIC_ORDER, _WHY_NOT, x, x, y)
-    branches = {place: _PASSES[choice.name][index] for place, choice in choices.items()}
+    chosen = choices(x, x, y)
+    branches = {place: _PASSES[choice.name][index] for place, choice in chosen.items()}
     return target.select(branches, *varying.alike(x, y, log_decay, zeros, segment_ids))

@@ -77,6 +77,15 @@ def softmax_attention_block_gradients(
     return api.by_target(plan, "backward", *varying.alike(*arrays, *results), causal=causal)
 
 
+def choices(*arrays, causal: bool) -> dict[target.Target, dispatch.Choice]:
+    """For every target, the implementation of both, and why not the others."""
+    return dispatch.choose(AUTOMATIC, _why_not(causal), *arrays)
+
+
+def _why_not(causal: bool):
+    return {"splash": functools.partial(splash.why_not, causal=causal)}
+
+
 def _checked(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids):
     """The arrays of an implementation, its offset None; empty blocks have no implementation."""
     checks.check_arrays(q_BTHK, k_BSGK, v_BSGV)
@@ -91,15 +100,14 @@ def _checked(q_BTHK, k_BSGK, v_BSGV, q_segment_ids, kv_segment_ids):
 
 
 def _plan(implementation: str | None, causal: bool, *arrays) -> dispatch.Plan:
-    why_not = {"splash": functools.partial(splash.why_not, causal=causal)}
     if implementation is None:
-        choices = dispatch.choose(AUTOMATIC, why_not, *arrays)
-        return dispatch.plan("softmax_attention_block", choices, slow="xla")
+        chosen = choices(*arrays, causal=causal)
+        return dispatch.plan("softmax_attention_block", chosen, slow="xla")
     if implementation not in AUTOMATIC:
         names = ", ".join(repr(name) for name in AUTOMATIC)
         raise ValueError(
             f"softmax_attention_block has no implementation {implementation!r}; choose one of "
             f"{names}, or None for the automatic choice"
         )
-    dispatch.demand(why_not.get(implementation), *arrays)
+    dispatch.demand(_why_not(causal).get(implementation), *arrays)
     return dispatch.named(implementation)
