@@ -9,7 +9,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 
 
-def alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def alike(*arrays: jax.Array | None) -> tuple[Any, ...]:
     """Mark all arrays as varying over the union of their manual mesh axes; None stays None.
 
     A loop's carry must vary as its results do. JAX sums the gradient of an array over the axes it

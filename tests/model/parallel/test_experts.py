@@ -53,14 +53,16 @@ def on_one_device(x, matrix, gate_up, down, bias):
 
 
 @functools.cache
-def on_mesh(sizes, capacity=experts.DROPLESS, replicas=()):
+def on_mesh(sizes, capacity=experts.DROPLESS, replicas=(), token_groups=1):
     """The jitted mixture: (x, router, gate_up, down, bias) -> out, and the load of each device."""
     tensor = "tensor" if sizes[2] > 1 else None
     axes = experts.ExpertAxes(tensor=tensor, replicas=replicas)
 
     def local(x, matrix, gate_up, down, bias):
         choice = router.choose_sigmoid(x @ matrix, bias, SPEC)
-        out, load = experts.expert_mixture(x, choice, gate_up, down, E, axes, capacity)
+        out, load = experts.expert_mixture(
+            x, choice, gate_up, down, E, axes, capacity, token_groups=token_groups
+        )
         return out, jax.tree.map(lambda leaf: leaf[None], load)
 
     specs = (
@@ -198,13 +200,33 @@ def test_capacity_for_the_worst_case_is_dropless_with_its_gradients(skew):
         np.testing.assert_array_equal(left, right)
 
 
-def mixture(arguments, expert_TA, *, sizes=(2, 4, 1), num_experts=E, gate_up_split="expert"):
+@pytest.mark.parametrize("capacity", [experts.DROPLESS, experts.Capacity(per_expert=1.25)], ids=str)
+def test_groups_of_tokens_change_nothing(capacity):
+    arguments, cotangent = arrays()
+    bias = bias_of(list(SKEWS)[2])
+    whole, cut = (
+        with_gradients(on_mesh((2, 4, 1), capacity, ("data",), groups))(arguments, bias, cotangent)
+        for groups in (1, 4)
+    )
+    for left, right in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
+        assert left.dtype == right.dtype
+        if left.dtype == jnp.int32:
+            np.testing.assert_array_equal(left, right)
+        else:
+            assert_close(left, right)
+
+
+def mixture(
+    arguments, expert_TA, *, sizes=(2, 4, 1), num_experts=E, gate_up_split="expert", **options
+):
     """The mixture for choices that are given, each of weight 1, and the load of each device."""
 
     def local(x, expert, gate_up, down):
         choice = router.Choice(expert, jnp.ones(expert.shape, jnp.float32))
         capacity, axes = experts.Capacity(per_expert=2.0), experts.ExpertAxes(replicas=("data",))
-        out, load = experts.expert_mixture(x, choice, gate_up, down, num_experts, axes, capacity)
+        out, load = experts.expert_mixture(
+            x, choice, gate_up, down, num_experts, axes, capacity, **options
+        )
         return out, jax.tree.map(lambda leaf: leaf[None], load)
 
     specs = (TOKEN_SPLIT, TOKEN_SPLIT, PartitionSpec(gate_up_split), PartitionSpec("expert"))
@@ -262,6 +284,8 @@ def test_what_does_not_fit_is_said():
         mixture(arguments, expert_TA, num_experts=18)
     with pytest.raises(ValueError, match=r"gate_up of the 4 experts of a device.*got shape \(16,"):
         mixture(arguments, expert_TA, gate_up_split=None)
+    with pytest.raises(ValueError, match="8 tokens of a device into 3 groups"):
+        mixture(arguments, expert_TA, token_groups=3)
     with pytest.raises(ValueError, match=r"Capacity.per_expert .* got 0"):
         experts.Capacity(per_expert=0)
 
