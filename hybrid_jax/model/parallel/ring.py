@@ -42,21 +42,21 @@ class Blocks(NamedTuple):
 
     def queries(self, x_BTHK):
         """The later queries, and those that see the other block."""
-        low, high = jnp.split(x_BTHK, 2, axis=1)
+        low, high = _halves(x_BTHK)
         return jnp.concatenate([high, jnp.where(self.behind, high, low)])
 
     def keys(self, x_BTGK):
         """The earlier keys, twice; or the earlier and the later ones."""
-        low, high = jnp.split(x_BTGK, 2, axis=1)
+        low, high = _halves(x_BTGK)
         return jnp.concatenate([low, jnp.where(self.behind, high, low)])
 
-    def add_queries(self, x_BTHK, d_ZCHK):
-        """x with what the two blocks give to their queries."""
-        first, second = jnp.split(d_ZCHK.astype(x_BTHK.dtype), 2)
+    def add_queries(self, halves, d_ZCHK):
+        """The low and high half with what the two blocks give to their queries."""
+        low, high = halves
+        first, second = jnp.split(d_ZCHK.astype(low.dtype), 2)
         nothing = jnp.zeros_like(second)
-        low = jnp.where(self.behind, nothing, second)
-        high = first + jnp.where(self.behind, second, nothing)
-        return x_BTHK + jnp.concatenate([low, high], axis=1)
+        low += jnp.where(self.behind, nothing, second)
+        return low, high + (first + jnp.where(self.behind, second, nothing))
 
     def add_keys(self, x_BTGK, d_ZCGK):
         """x with what the two blocks give to their keys."""
@@ -104,11 +104,14 @@ def _forward(ring: Ring, q_BTHK, k_BTGK, v_BTGV, segment_ids):
         following = _pass_on(ring, k_BTGK, v_BTGV)
         return (*attend(step, results, (k_BTGK, v_BTGV)), *following), None
 
-    carry = (out_BTHV.astype(jnp.float32), logsumexp_BTH, *_pass_on(ring, k_BTGK, v_BTGV))
+    # Results stay in halves from step to step: on TPU each concatenation is a pass of its own.
+    results = _halves(out_BTHV.astype(jnp.float32)), _halves(logsumexp_BTH)
+    carry = (*results, *_pass_on(ring, k_BTGK, v_BTGV))
     last = lax.axis_size(ring.axis) - 1
     *results, k, v = _scan(one_step, carry, last)
-    out, logsumexp_BTH = attend(last, results, (k, v))
-    out_BTHV = out.astype(q_BTHK.dtype)
+    out_halves, logsumexp_halves = attend(last, results, (k, v))
+    out_BTHV = _join(out_halves).astype(q_BTHK.dtype)
+    logsumexp_BTH = _join(logsumexp_halves)
     residuals = q_BTHK, k_BTGK, v_BTGV, segment_ids, out_BTHV, logsumexp_BTH
     return balance.collect(out_BTHV, ring.axis), residuals
 
@@ -129,11 +132,11 @@ def _backward(ring: Ring, residuals, d_out_BTHV):
             **blocks.options,
             implementation=ring.implementation,
         )
-        dq_BTHK, dk_BTGK, dv_BTGV = gradients
+        dq_halves, dk_BTGK, dv_BTGV = gradients
         # Those of the keys are a step behind them and arrive while the blocks are calculated.
         dk_BTGK, dv_BTGV = _pass_on(ring, dk_BTGK, dv_BTGV)
         return (
-            blocks.add_queries(dq_BTHK, dq_ZCHK),
+            blocks.add_queries(dq_halves, dq_ZCHK),
             blocks.add_keys(dk_BTGK, dk_ZCGK),
             blocks.add_keys(dv_BTGV, dv_ZCGV),
         )
@@ -144,11 +147,12 @@ def _backward(ring: Ring, residuals, d_out_BTHV):
         return (*add(step, gradients, (k_BTGK, v_BTGV)), *following), None
 
     # Sums of as many terms as devices: float32, also on their way.
-    carry = (*(x.astype(jnp.float32) for x in own), *_pass_on(ring, k_BTGK, v_BTGV))
+    dq, dk, dv = (x.astype(jnp.float32) for x in own)
+    carry = (_halves(dq), dk, dv, *_pass_on(ring, k_BTGK, v_BTGV))
     last = lax.axis_size(ring.axis) - 1
     *gradients, k, v = _scan(one_step, carry, last)
-    dq, dk, dv = add(last, gradients, (k, v))
-    gradients = dq, *_pass_on(ring, dk, dv)
+    dq_halves, dk, dv = add(last, gradients, (k, v))
+    gradients = _join(dq_halves), *_pass_on(ring, dk, dv)
     arrays = q_BTHK, k_BTGK, v_BTGV
     gradients = (d.astype(x.dtype) for d, x in zip(gradients, arrays, strict=True))
     return *(balance.collect(x, ring.axis) for x in gradients), None
@@ -173,28 +177,31 @@ def _pass_on(ring: Ring, *arrays):
 
 
 def _merge(blocks: Blocks, results, found):
-    """Results over more keys: each a mean of values, weighted by the sum of exp(score) it is of."""
-    out_BTHV, logsumexp_BTH = results
-    out_ZCHV, logsumexp_ZCH = found
-    first, second = zip(*(jnp.split(x, 2) for x in (out_ZCHV, logsumexp_ZCH)), strict=True)
-    low, high = zip(*(jnp.split(x, 2, axis=1) for x in (out_BTHV, logsumexp_BTH)), strict=True)
-    high = _merge_one(high, first)
-    changed = _merge_one(_where(blocks.behind, high, low), second)
-    low, high = _where(blocks.behind, low, changed), _where(blocks.behind, changed, high)
-    return tuple(jnp.concatenate(halves, axis=1) for halves in zip(low, high, strict=True))
+    """Results of the low and the high queries, over the keys of the two blocks too."""
+    (out_low, out_high), (logsumexp_low, logsumexp_high) = results
+    (first, second), (sum_first, sum_second) = (jnp.split(x, 2) for x in found)
+    # The second block counts for one half: no part of it has any weight in the other.
+    sum_low = jnp.where(blocks.behind, -jnp.inf, sum_second)
+    sum_high = jnp.where(blocks.behind, sum_second, -jnp.inf)
+    low = _mean((out_low, logsumexp_low), (second, sum_low))
+    high = _mean((out_high, logsumexp_high), (first, sum_first), (second, sum_high))
+    return tuple(zip(low, high, strict=True))
 
 
-def _merge_one(one, other):
-    (out_BCHV, logsumexp_BCH), (other_BCHV, other_BCH) = one, other
-    total_BCH = jnp.logaddexp(logsumexp_BCH, other_BCH)
-    share_BCH1 = jnp.exp(logsumexp_BCH - total_BCH)[..., None]
-    other_share_BCH1 = jnp.exp(other_BCH - total_BCH)[..., None]
-    out_BCHV = share_BCH1 * out_BCHV + other_share_BCH1 * other_BCHV.astype(jnp.float32)
-    return out_BCHV, total_BCH
+def _mean(*parts):
+    """Outputs are means of values: theirs, weighted by the sums of exp(score) they are of."""
+    total_BCH = functools.reduce(jnp.logaddexp, (sum_BCH for _, sum_BCH in parts))
+    shares = (jnp.exp(sum_BCH - total_BCH)[..., None] for _, sum_BCH in parts)
+    outs = (out_BCHV.astype(jnp.float32) for out_BCHV, _ in parts)
+    return sum(share * out for share, out in zip(shares, outs, strict=True)), total_BCH
 
 
-def _where(condition, yes, no):
-    return tuple(jnp.where(condition, *arrays) for arrays in zip(yes, no, strict=True))
+def _halves(x_BTHK):
+    return tuple(jnp.split(x_BTHK, 2, axis=1))
+
+
+def _join(halves):
+    return jnp.concatenate(halves, axis=1)
 
 
 def blocks_of_step(ring: Ring, segment_ids, step) -> Blocks:

@@ -9,6 +9,8 @@ _ARRAY = re.compile(r"(?:bf|f|s|u)(?P<bits>\d+)\[(?P<dims>[\d,]*)\]")
 _LOOP = re.compile(
     r' while\(.* body=%?(?P<body>[\w.\-]+).*"known_trip_count":\{"n":"(?P<trips>\d+)"'
 )
+# A kernel's body is written over several lines, some of which begin at the margin.
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
 
 
 class Collective(NamedTuple):
@@ -26,8 +28,8 @@ def collectives(compiled) -> list[Collective]:
     trips = {loop["body"]: int(loop["trips"]) for line in lines if (loop := _LOOP.search(line))}
     found, computation = [], ""
     for line in lines:
-        if line and not line[0].isspace():
-            computation = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
+        if match := _COMPUTATION.match(line):
+            computation = match["name"]
         elif match := _COLLECTIVE.search(line):
             found.append(
                 Collective(match["kind"], _bytes(match["shape"]), trips.get(computation, 1))
