@@ -33,7 +33,7 @@ def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         with config._check_vma(False):
             if not axes:
                 return function(*arrays)
-            results = _closed(lambda *leaves: function(*tree.unflatten(leaves)))(*leaves)
+            results = _closed(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)))(*leaves)
         return jax.tree.map(lambda x: _vary(x, axes), results)
 
     return call
