@@ -7,10 +7,10 @@ import re
 # Set before anything imports JAX, and inherited by the programs tests start. A device test is run
 # with the platform named: JAX_PLATFORMS=cuda pytest -m gpu_device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices for what is split over several; one device computes as before.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # matplotlib must not look for a display, and nothing may look for the network.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
