@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.console import Console
 from rich.progress import track
 
 from hybrid_jax.config import layers, presets
@@ -56,10 +57,10 @@ def exact(q_TK, k_TK, v_TV, dout_TV, slope: float) -> tuple[np.ndarray, ...]:
     return weights_TS @ v_TV, dweights_TS @ k_TK, dweights_TS.T @ q_TK, weights_TS.T @ dout_TV
 
 
-def errors(found_TK, exact_TK) -> float:
-    """RMS error, in units of the RMS error of rounding the exact result."""
-    rounded_TK = np.asarray(jnp.asarray(exact_TK, jnp.bfloat16), np.float64)
-    ours, least = (np.asarray(x, np.float64) - exact_TK for x in (found_TK, rounded_TK))
+def error(found, exact) -> float:
+    """RMS error of an array, in units of the RMS error of rounding the exact one."""
+    rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
+    ours, least = (np.asarray(x, np.float64) - exact for x in (found, rounded))
     return float(np.sqrt(np.mean(ours**2) / np.mean(least**2)))
 
 
@@ -73,7 +74,7 @@ def measure(run, slopes_H: np.ndarray, length: int, size: int, seed: int) -> dic
     per_head = []
     for head, slope in enumerate(slopes_H):
         results = exact(*(np.asarray(x)[0, :, head] for x in arrays), slope)
-        per_head.append([errors(x[0, :, head], y) for x, y in zip(found, results, strict=True)])
+        per_head.append([error(x[0, :, head], y) for x, y in zip(found, results, strict=True)])
     return dict(zip(RESULTS, np.asarray(per_head).T, strict=True))
 
 
@@ -145,7 +146,7 @@ def main(args: Args) -> int:
     text_01 = presets.get("minimax-text-01")
     mixer = text_01.layers[0].mixer
     run, records, wrong = runner(args.implementation), [], []
-    for layer in track(args.layers or lightning_layers(), "layers", console=_console()):
+    for layer in track(args.layers or lightning_layers(), "layers", console=Console(stderr=True)):
         slopes_H = -decay.log_decay(mixer.num_heads, layer, text_01.num_layers)
         found = measure(run, slopes_H, args.length, mixer.head_dim, seed=layer)
         for name, allowed_H in limits(slopes_H).items():
@@ -162,12 +163,6 @@ def main(args: Args) -> int:
     for line in wrong:
         print(f"above its limit: {line}", file=sys.stderr)
     return int(bool(wrong))
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ def expert_mixture(
     placement: Placement, x_BTD, choice: Choice, gate_up_ED2F, down_EFD, num_experts: int
 ) -> jax.Array:
     """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D]; `choice` is of the B * T tokens."""
-    widths = placement.axes_of(Logical.FFN)
-    axes = experts.ExpertAxes(tensor=widths or None)
+    axes = experts.ExpertAxes(
+        placement.axes_of(Logical.EXPERTS), placement.axes_of(Logical.FFN) or None
+    )
 
     def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
         x_TD, expert_TA, weight_TA = (

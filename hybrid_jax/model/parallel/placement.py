@@ -46,15 +46,11 @@ class Placement:
         """Where a parameter is stored, its gradient and its moments with it."""
         return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
 
-    def gather(self, params, stacked: int = 0):
-        """Parameters as layers compute with them: what storage alone splits is brought together.
-
-        `params` is a tree of `nnx.Variable`, of one layer or with `stacked` leading dims.
-        """
+    def gather(self, params):
+        """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole."""
 
         def one(path, param: nnx.Variable):
-            axes = (Logical.LAYERS,) * stacked + tuple(param.get_metadata()["axes"])
-            value = param[...]
+            axes, value = param.get_metadata()["axes"], param[...]
             name = jax.tree_util.keystr(path)
             spec = self.rules.used_parameter(axes, value.shape, self.shape, name)
             value = jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))

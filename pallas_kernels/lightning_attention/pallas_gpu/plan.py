@@ -28,6 +28,11 @@ class Plan:
     """Whether a decayed score is rounded once, or what that leaves out is multiplied too."""
     is_interpreted: bool
 
+    def __post_init__(self):
+        # What is left out lies in one place: of scores a group reads its own rows, of what is
+        # written all.
+        assert self.rounds_weights or self.rounds_written
+
     @property
     def rounds_written(self) -> bool:
         """The same for decayed values. What they sum up to, forward, has few signs to cancel; the
@@ -60,7 +65,7 @@ class Shared(NamedTuple):
     tables_loaded: Any
     written: Any  # values decayed to the end of the chunk
     state: Any  # the state before the chunk, rounded
-    out: Any  # outputs on their way; before that, what rounding left out of `written`
+    out: Any  # outputs on their way; before that, what rounding left out of another factor
     loaded: Any  # barriers, one a stage
     consumed: Any
     written_ready: Any

@@ -35,6 +35,19 @@ def _twice(x, dim: int):
     return x if x.dtype == jnp.float32 else jnp.concatenate([x, x], dim)
 
 
+def _write_state(state_ref, h, write_CK, keep_1K, k_CK, v_CV) -> None:
+    """S = keep S + (write * k)^T v."""
+    written_CK = (write_CK * k_CK.astype(jnp.float32)).astype(k_CK.dtype)
+    state_ref[h] = keep_1K * state_ref[h] + _dot(v_CV, written_CK, 0, 0)
+
+
+def _read_state(dstate_ref, h, read_CK, keep_1K, q_CK, dout_CV) -> None:
+    """dS = keep dS + (read * q)^T dout; of these signs differ, so that one rounding would show."""
+    reading_CK = _halves(read_CK * q_CK.astype(jnp.float32), q_CK.dtype, 0)
+    gained_VK = _dot(_twice(dout_CV, 0), reading_CK, 0, 0)
+    dstate_ref[h] = keep_1K * dstate_ref[h] + gained_VK
+
+
 def _attend_chunk(plan, chunk, state_ref, q_ref, k_ref, v_ref, out_ref, *, rounds_weights: bool):
     """out = ((q k^T) * within) v + read * (q S), then S = keep S + (write * k)^T v.
 
@@ -56,8 +69,7 @@ def _attend_chunk(plan, chunk, state_ref, q_ref, k_ref, v_ref, out_ref, *, round
             out_CV = _dot(weights_CC.astype(v_CV.dtype), v_CV, 1, 0)
         else:
             out_CV = _dot(_halves(weights_CC, v_CV.dtype, 1), _twice(v_CV, 0), 1, 0)
-        written_CK = (write_CX[:, :K] * k_CK.astype(jnp.float32)).astype(k_CK.dtype)
-        state_ref[h] = keep_1X[:, :K] * state_ref[h] + _dot(v_CV, written_CK, 0, 0)
+        _write_state(state_ref, h, write_CX[:, :K], keep_1X[:, :K], k_CK, v_CV)
         # The decay goes to the float32 result: on a bfloat16 q it would be rounded once more.
         return (out_CV + read_CX[:, :V] * both[:, C:],)
 
@@ -80,9 +92,7 @@ def _differentiate_chunk(plan, chunk, dstate_ref, q_ref, k_ref, v_ref, dout_ref,
         V, K = dstate_ref.shape[1:]
         weights_CC = (of_k[:, :C] * within_CC).astype(q_CK.dtype)
         dweights_CC = (of_v[:, :C] * within_CC).astype(q_CK.dtype)
-        reading_CK = _halves(read_CX[:, :K] * q_CK.astype(jnp.float32), q_CK.dtype, 0)
-        gained_VK = _dot(_twice(dout_CV, 0), reading_CK, 0, 0)
-        dstate_ref[h] = keep_1X[:, :K] * dstate_ref[h] + gained_VK
+        _read_state(dstate_ref, h, read_CX[:, :K], keep_1X[:, :K], q_CK, dout_CV)
         dv_CV = _dot(weights_CC, dout_CV, 1, 0) + write_CX[:, :V] * of_k[:, C:]
         dk_CK = _dot(dweights_CC, q_CK, 1, 0) + write_CX[:, :K] * of_v[:, C:]
         return dk_CK, dv_CV
@@ -91,27 +101,24 @@ def _differentiate_chunk(plan, chunk, dstate_ref, q_ref, k_ref, v_ref, dout_ref,
 
 
 def _write_chunk(plan, chunk, state_ref, k_ref, v_ref):
-    """S = keep S + (write * k)^T v, rounded as in `_attend_chunk`; no outputs."""
+    """The state of `_attend_chunk` alone."""
 
     def second(h, k_CK, v_CV):
         _, _, write_CX, keep_1X = (ref[h] for ref in chunk.decays)
         K = k_CK.shape[1]
-        written_CK = (write_CX[:, :K] * k_CK.astype(jnp.float32)).astype(k_CK.dtype)
-        state_ref[h] = keep_1X[:, :K] * state_ref[h] + _dot(v_CV, written_CK, 0, 0)
+        _write_state(state_ref, h, write_CX[:, :K], keep_1X[:, :K], k_CK, v_CV)
         return ()
 
     _each_head(plan, chunk, (k_ref, v_ref), lambda h, *operands: operands, second, ())
 
 
 def _read_chunk(plan, chunk, dstate_ref, q_ref, dout_ref):
-    """The state's gradient alone, as in `_differentiate_chunk`."""
+    """The state's gradient of `_differentiate_chunk` alone."""
 
     def second(h, q_CK, dout_CV):
         _, read_CX, _, keep_1X = (ref[h] for ref in chunk.decays)
         K = q_CK.shape[1]
-        reading_CK = _halves(read_CX[:, :K] * q_CK.astype(jnp.float32), q_CK.dtype, 0)
-        gained_VK = _dot(_twice(dout_CV, 0), reading_CK, 0, 0)
-        dstate_ref[h] = keep_1X[:, :K] * dstate_ref[h] + gained_VK
+        _read_state(dstate_ref, h, read_CX[:, :K], keep_1X[:, :K], q_CK, dout_CV)
         return ()
 
     _each_head(plan, chunk, (q_ref, dout_ref), lambda h, *operands: operands, second, ())

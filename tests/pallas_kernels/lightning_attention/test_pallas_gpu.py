@@ -10,6 +10,7 @@ from pallas_kernels import lightning_attention
 from pallas_kernels.errors import Unsupported
 from pallas_kernels.lightning_attention import api
 from pallas_kernels.lightning_attention.cases import Case
+from scripts import rounding
 from tests.pallas_kernels.lightning_attention import contract, decode_contract, oracle, text_01
 
 interpreted = pytest.mark.skipif(
@@ -27,7 +28,7 @@ def _assert_as_good_as_rounding(found: oracle.Results, expected: oracle.Results,
     text_01.assert_as_good_as_rounding(found, expected, slopes)
     # States are sums of products with one factor rounded to 8 bits, the other exact; decays' own
     # gradient is computed in float32.
-    same = {name: getattr(expected, name) for name in text_01.ROUNDED}
+    same = {name: getattr(expected, name) for name in rounding.RESULTS}
     contract.assert_close(found._replace(**same, dlog_decay=expected.dlog_decay), expected, 2**-8)
     np.testing.assert_allclose(found.dlog_decay, expected.dlog_decay, rtol=1e-4)
 
@@ -118,11 +119,17 @@ def test_no_read_of_memory_that_holds_nothing_and_no_race():
     inputs = text_01.make_inputs(case, slopes, np.repeat([[1, 0, 2]], [150, 5, 145], axis=1))
     interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     for ids in (None, inputs.ids):
-        out, _ = lightning_attention(
-            inputs.q, inputs.k, inputs.v, inputs.log_decay, segment_ids=ids,
-            implementation="pallas_gpu", interpret=interpret,
-        )  # fmt: skip
-        assert np.isfinite(np.asarray(out, np.float32)).all()
+
+        def attend(q, k, v, ids=ids):
+            return lightning_attention(
+                q, k, v, inputs.log_decay, segment_ids=ids, implementation="pallas_gpu",
+                interpret=interpret,
+            )[0]  # fmt: skip
+
+        out, pullback = jax.vjp(attend, *inputs[:3])
+        assert not interpret_pallas_call.get_races().races_found
+        for x in (out, *pullback(inputs.dout)):
+            assert np.isfinite(np.asarray(x, np.float32)).all()
         assert not interpret_pallas_call.get_races().races_found
 
 
