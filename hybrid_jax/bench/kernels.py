@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from hybrid_jax.bench.schedule import schedule_of
+from hybrid_jax.targets.schedule import schedule_of
 from hybrid_jax.targets.chips import Chip, parse
 
 # The reference shape: MiniMax-Text-01's heads, one row of 128k tokens.
