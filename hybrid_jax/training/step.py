@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hybrid_jax.config import training as config_lib
 from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.targets.options import compiler_options
 from hybrid_jax.training import balance
 from hybrid_jax.training.loss import cross_entropy
 from hybrid_jax.training.optimizer import Optimizer
@@ -45,8 +46,13 @@ def make_train_step(
         metrics |= {"learning_rate": optimizer.learning_rate(state.step), "gradient_norm": norm}
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
     return jax.jit(
-        train_step, donate_argnums=0, out_shardings=None if live is None else (live, None)
+        train_step,
+        donate_argnums=0,
+        out_shardings=(live, None),
+        compiler_options=compiler_options(placement.platform),
     )
 
 

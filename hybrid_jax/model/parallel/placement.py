@@ -25,6 +25,11 @@ class Placement:
         """Size of each axis."""
         return MeshShape(**dict(self.mesh.shape))
 
+    @property
+    def platform(self) -> str:
+        """Of the devices: "tpu", "gpu" or "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def axes_of(self, logical: Logical) -> tuple[str, ...]:
         """Mesh axes that split an activation's dim, those of one device too."""
         return self.rules.activations.get(logical, ())

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from hybrid_jax.targets.schedule import flags, predict
 from hybrid_jax.targets import chips, compilers
+from hybrid_jax.targets.schedule import flags, predict
 
 
 def schedule_of(build: Callable[..., Any] | str, target: str, **arguments: Any) -> predict.Report:
