@@ -107,7 +107,8 @@ def _dims(text: str) -> list[int]:
 def read(text: str) -> Program:
     """Parse `compiled.as_text()`; ValueError if it holds no entry computation."""
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name, lines = None, None, []
+    entry, name = None, None
+    lines: list[str] = []
     for line in text.splitlines():
         if name is None:
             if head := _HEAD.match(line):

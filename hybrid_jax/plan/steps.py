@@ -52,12 +52,12 @@ def _train(request: Request, config: model_config.ModelConfig, placement) -> Bui
         state.abstract_state(skeleton, updates), state.shardings(skeleton, updates, placement)
     )
     rows = placement.sharding(Logical.BATCH, Logical.TIME)
+    kinds: dict[str, Any] = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BT": jnp.float32}
     shape = (request.batch, request.seq)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-    batch = Batch(
-        tokens_BT=ids, targets_BT=ids, segment_ids_BT=ids, positions_BT=ids, weights_BT=weights
-    )
+    fields: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()
+    }
+    batch = Batch(**fields)
     tokens = request.batch * request.seq
     return Built(
         step.make_train_step(run, skeleton, updates, placement),

@@ -1,4 +1,4 @@
-"""Walk through a program in the order of its schedule: what takes how long, and what is waited for."""
+"""A program from start to end, as scheduled: what takes how long, and what is waited for."""
 
 import collections
 import dataclasses
@@ -77,44 +77,42 @@ class Walk:
     """Simulates one device: a queue of work, and links that are busy for a time."""
 
     def __init__(self, program: hlo.Program, clock: Clock, network: Network, mesh: dict[str, int]):
-        self._program = program
-        self._clock = clock
-        self._network = network
-        self._mesh = mesh
+        self.program = program
+        self.clock = clock
+        self.network = network
+        self.mesh = mesh
         self._done: dict[str, Timeline] = {}
 
     def entry(self) -> Timeline:
         """The whole program."""
-        return self._body(self._program.entry)
+        return self._computation(self.program.entry)
 
-    def _body(self, name: str) -> Timeline:
-        if name not in self._done:
-            self._done[name] = _Body(self, name).run()
-        return self._done[name]
-
-    # What a body asks for.
-    def called(self, computation: str, instruction: hlo.Instruction) -> Timeline | None:
+    def called(self, instruction: hlo.Instruction) -> Timeline | None:
         """The time of a loop, a branch or a call; None for anything else."""
         inner = Timeline()
         if instruction.opcode == "while":
-            body = instruction.attribute(r"body=%?([\w.\-]+)")
-            trips = self._program.trips(instruction)
-            inner.add(self._body(body), trips or 1)
+            trips = self.program.trips(instruction)
+            body = self._computation(instruction.attribute(r"body=%?([\w.\-]+)") or "")
+            inner.add(body, trips or 1)
             inner.unknown_loops += trips is None
         elif instruction.opcode == "conditional":
-            inner.add(
-                max((self._body(name) for name in instruction.called), key=lambda b: b.seconds)
-            )
+            branches = [self._computation(name) for name in instruction.called]
+            inner.add(max(branches, key=lambda branch: branch.seconds))
         elif instruction.opcode == "call":
             for name in instruction.called:
-                inner.add(self._body(name))
+                inner.add(self._computation(name))
         else:
             return None
         return inner
 
+    def _computation(self, name: str) -> Timeline:
+        if name not in self._done:
+            self._done[name] = _Computation(self, name).run()
+        return self._done[name]
 
-class _Body:
-    """One computation on its way."""
+
+class _Computation:
+    """One computation on its way from its first instruction to its last."""
 
     def __init__(self, walk: Walk, name: str):
         self._walk, self._name = walk, name
@@ -125,54 +123,56 @@ class _Body:
         """By channel: when a collective that was started ends, and where it is counted."""
         self._starts: dict[str, str] = {}
         """Instruction that started a collective -> its channel."""
-        self._last: dict[str, str] = {}
-        """Channel -> the last instruction that carries a part of it."""
 
     def run(self) -> Timeline:
-        walk, timeline = self._walk, self._timeline
-        body = walk._program.computations[self._name]
+        """The time of all instructions, and what they wait for."""
+        body = self._walk.program.computations[self._name]
         parts = {each.name: self._collectives(each) for each in body}
+        last = {found.channel: each.name for each in body for found in parts[each.name]}
         for each in body:
-            for found in parts[each.name]:
-                self._last[found.channel] = each.name
-        for each in body:
-            if (inner := walk.called(self._name, each)) is not None:
-                timeline.add(inner)
+            if (inner := self._walk.called(each)) is not None:
+                self._timeline.add(inner)
                 continue
             for found in parts[each.name]:
                 self._begin(found, each.name)
             self._work(each, bool(parts[each.name]))
-            self._end(each, parts[each.name])
+            if each.opcode.endswith("-done"):
+                ending = [self._starts.get(operand) for operand in each.operands]
+            elif each.opcode.endswith("-start"):
+                ending = []
+            else:
+                channels = [found.channel for found in parts[each.name]]
+                ending = [channel for channel in channels if last[channel] == each.name]
+            for channel in filter(None, ending):
+                self._wait(channel)
         for channel in list(self._pending):
             self._wait(channel)
-        return timeline
+        return self._timeline
 
     def _collectives(self, instruction) -> list[collectives.Collective]:
+        """Those an instruction begins, carries on or ends, each with a channel of its own.
+
+        Fusions that carry parts of one collective share its channel; any other is by its name.
+        """
         walk = self._walk
-        devices = len(walk._network)
-        found = collectives.inside(walk._program, self._name, instruction, devices)
-        if not instruction.opcode == "fusion":
-            # Channel numbers are shared by what does not overlap: a start and its end are named.
-            return [dataclasses.replace(each, channel=instruction.name) for each in found]
+        found = collectives.inside(walk.program, self._name, instruction, len(walk.network))
+        is_part = instruction.opcode == "fusion" and _is_part(walk.program, instruction)
         return [
-            dataclasses.replace(each, channel=f"fused {each.channel}")
-            if "async" in "".join(instruction.called)
-            or instruction.name.startswith("async")
-            or _is_chained(walk._program, instruction)
-            else dataclasses.replace(each, channel=instruction.name)
+            dataclasses.replace(
+                each, channel=f"parts of {each.channel}" if is_part else instruction.name
+            )
             for each in found
         ]
 
     def _begin(self, found: collectives.Collective, name: str) -> None:
         if found.channel in self._pending:
             return
-        walk = self._walk
-        reach = walk._network.reach(found.group)
-        seconds = walk._network.seconds(found.kind, found.size, reach)
+        reach = self._walk.network.reach(found.group)
+        seconds = self._walk.network.seconds(found.kind, found.size, reach)
         start = max([self._timeline.seconds, *(self._busy[dim] for dim in reach.dims)])
         for dim in reach.dims:
             self._busy[dim] = start + seconds
-        place = (found.kind, collectives.axes(found.group, walk._mesh))
+        place = (found.kind, collectives.axes(found.group, self._walk.mesh))
         traffic = self._timeline.traffic[place]
         traffic.add(Traffic(1, found.size, seconds))
         self._pending[found.channel] = (start + seconds, traffic)
@@ -183,23 +183,12 @@ class _Body:
             return
         if is_collective and instruction.opcode != "fusion":
             return
-        work = self._walk._clock(self._name, instruction)
+        work = self._walk.clock(self._name, instruction)
         again = "rematted_computation" in instruction.attributes
         self._timeline.seconds += work.seconds
         self._timeline.work[work.kind, work.source, again] += work.seconds
-        read = self._walk._program.operand_bytes(self._name, instruction)
+        read = self._walk.program.operand_bytes(self._name, instruction)
         self._timeline.memory_bytes += sum(read) + instruction.bytes
-
-    def _end(self, instruction: hlo.Instruction, parts) -> None:
-        """Wait for what ends here: a -done, the last part of a chain, or what has no -start."""
-        if instruction.opcode.endswith("-done"):
-            for operand in instruction.operands:
-                if channel := self._starts.get(operand):
-                    self._wait(channel)
-        elif not instruction.opcode.endswith("-start"):
-            for found in parts:
-                if self._last[found.channel] == instruction.name:
-                    self._wait(found.channel)
 
     def _wait(self, channel: str) -> None:
         if channel in self._pending:
@@ -209,9 +198,9 @@ class _Body:
             traffic.exposed += wait
 
 
-def _is_chained(program: hlo.Program, instruction: hlo.Instruction) -> bool:
+def _is_part(program: hlo.Program, instruction: hlo.Instruction) -> bool:
     """Whether a fusion carries a part of a collective that goes on in other fusions."""
-    return any(
+    return instruction.name.startswith("async-collective") or any(
         "chain_id" in each.attributes
         for called in instruction.called
         for each in program.computations.get(called, ())

@@ -38,6 +38,7 @@ def expert_mixture(
     *,
     token_groups: int = 1,
     group_offset=None,
+    platform: str | None = None,
 ) -> tuple[jax.Array, Load]:
     """This device's part of `ffn.moe.expert_mixture`: out_TD in float32, and the load.
 
@@ -53,6 +54,7 @@ def expert_mixture(
         exchange one part while another is multiplied. TPUs do so where a program is compiled with
         `xla_tpu_enable_async_ragged_all_to_all`. Each part adds to the weights' gradients.
       group_offset: where this layer's experts of this device start, if the stacks hold more.
+      platform: as `exchange.exchange_rows` has it.
 
     Raises:
       ValueError: the experts do not divide over the devices, or not as the weights have them; or
@@ -75,10 +77,11 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
+    move = functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
     visits = []
     for n, (x, weight, order) in enumerate(zip(parts[0], parts[1], orders)):
         routes = exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n])
-        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, multiply))
+        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, move, multiply))
     outs, arrived = zip(*visits)
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
@@ -89,15 +92,15 @@ def expert_mixture(
     return out_TD, Load(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
-def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, multiply):
+def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, move, multiply):
     """(weighted sums over the experts for one group of tokens, rows that came to this device)."""
     token_R, row_TA, _ = order
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    there_RD = exchange.exchange_rows(x_RD, routes, num_rows, axis)
+    there_RD = move(x_RD, routes, num_rows)
     y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
-    y_RD = exchange.exchange_rows(y_there_RD, routes.back(), x_RD.shape[0], axis)
+    y_RD = move(y_there_RD, routes.back(), x_RD.shape[0])
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 
 

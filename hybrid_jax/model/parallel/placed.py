@@ -71,8 +71,9 @@ def expert_mixture(
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
         out_TD, _ = experts.expert_mixture(
-            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes
-        )
+            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes,
+            platform=placement.platform,
+        )  # fmt: skip
         return out_TD.reshape(x_BTD.shape)
 
     rows = placement.spec(*ROWS, None)

@@ -57,12 +57,33 @@ class Placement:
         def one(path, param: nnx.Variable):
             axes, value = param.get_metadata()["axes"], param[...]
             name = jax.tree_util.keystr(path)
-            spec = self.rules.used_parameter(axes, value.shape, self.shape, name)
-            value = jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
-            return param.replace(value)
+            used = self.rules.used_parameter(axes, value.shape, self.shape, name)
+            at_rest = self.parameter(name, axes, value.shape)
+            return param.replace(_moved(NamedSharding(self.mesh, used), at_rest, value))
 
         is_param = lambda x: isinstance(x, nnx.Variable)
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moved(used: NamedSharding, at_rest: NamedSharding, value):
+    """A parameter as a layer uses it; its gradient goes straight to where the parameter rests.
+
+    JAX's own rule would have the gradient whole first: summed over devices twice as expensively,
+    and held by all.
+    """
+    return jax.lax.with_sharding_constraint(value, used)
+
+
+def _moved_fwd(used, at_rest, value):
+    return _moved(used, at_rest, value), None
+
+
+def _moved_bwd(used, at_rest, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, at_rest),)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)
 
 
 def make(mesh_text: str, rules_name: str, devices=None) -> Placement:
