@@ -37,14 +37,20 @@ def inside(
     """The collectives an instruction stands for: itself, or those in the fusion it calls."""
     if kind := kind_of(instruction.opcode):
         yield _read(program, computation, instruction, kind, devices)
-    elif instruction.opcode in ("fusion", "async-start"):
+    elif instruction.opcode in ("fusion", "async-start", "call-start"):
         for called in instruction.called:
-            for each in program.computations.get(called, ()):
-                found = kind_of(each.opcode)
-                if found == "all-reduce" and "reduce-scatter" in instruction.name:
-                    found = "reduce-scatter"
-                if found:
-                    yield _read(program, called, each, found, devices)
+            yield from _within(program, called, devices)
+
+
+def _within(program: hlo.Program, computation: str, devices: int) -> Iterator[Collective]:
+    for each in program.computations.get(computation, ()):
+        if kind := kind_of(each.opcode):
+            # A sum of which a part is kept, in one fusion.
+            if kind == "all-reduce" and "reduce-scatter" in computation:
+                kind = "reduce-scatter"
+            yield _read(program, computation, each, kind, devices)
+        for called in each.called if each.opcode in ("fusion", "call", "call-start") else ():
+            yield from _within(program, called, devices)
 
 
 def _read(program: hlo.Program, computation, instruction, kind: str, devices: int) -> Collective:

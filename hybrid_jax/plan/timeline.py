@@ -12,7 +12,7 @@ Clock = Callable[[str, hlo.Instruction], "Work"]
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "copy-start",
-    "copy-done", "add-dependency", "partition-id", "replica-id", "opt-barrier", "call-done",
+    "copy-done", "add-dependency", "partition-id", "replica-id", "opt-barrier",
 }  # fmt: skip
 
 

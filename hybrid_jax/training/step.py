@@ -52,7 +52,7 @@ def make_train_step(
         train_step,
         donate_argnums=0,
         out_shardings=(live, None),
-        compiler_options=compiler_options(placement.platform),
+        compiler_options=compiler_options(placement.mesh.devices.flat[0]),
     )
 
 
