@@ -40,13 +40,14 @@ _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Start processes on this machine that train together. What they run comes after `--`; a first
-    word `train` means `hybrid-jax train`.
+    """Start processes on this machine that train together. What they run comes after `--`.
 
     Ctrl-C or SIGTERM asks all of them to stop, a second one insists, a third one kills. Exit code:
     0 if all ended well, that of the first that failed (128 and the signal's number if a signal
     ended it), 2 for bad input."""
 
+    command: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What each runs; `train` means `hybrid-jax train`."""
     processes: int = 2
     """How many."""
     devices: int = 4
@@ -72,9 +73,8 @@ class Process(typing.NamedTuple):
 def main(argv: list[str]) -> int:
     """The launcher's exit code; see `Args`."""
     try:
-        options, words = split(argv)
-        args = tyro.cli(Args, args=options, prog="local.py")
-        processes = plan(args, words, os.environ)
+        args = tyro.cli(Args, args=argv, prog="local.py")
+        processes = plan(args, os.environ)
         if args.dry_run:
             for index, process in enumerate(processes):
                 print(f"# process {index} of {args.processes}")
@@ -90,26 +90,21 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The launcher's options, and the words after the first `--`: ValueError if there are none."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    options, words = argv[:cut], argv[cut + 1 :]
-    if not words and not {"-h", "--help"} & set(options):
+def plan(args: Args, environment: typing.Mapping[str, str]) -> list[Process]:
+    """What each process is started with; ValueError if it cannot be had, with the numbers."""
+    if not args.command:
         raise ValueError(
             "there is nothing to run; put -- before it, as in "
             "'local.py --processes 2 --devices 4 -- train --preset nano --data TEXT --out RUN'."
         )
-    return options, words
-
-
-def plan(args: Args, words: list[str], environment: typing.Mapping[str, str]) -> list[Process]:
-    """What each process is started with; ValueError if it cannot be had, with the numbers."""
     for name in ("processes", "devices"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1; got {getattr(args, name)}.")
     if args.platform == "cuda":
         gpus = _gpus(args, environment.get("CUDA_VISIBLE_DEVICES"))
-    command = [sys.executable, "-m", "hybrid_jax.cli", *words] if words[0] == "train" else words
+    command = list(args.command)
+    if command[0] == "train":
+        command = [sys.executable, "-m", "hybrid_jax.cli", *command]
     address = f"127.0.0.1:{_free_port(args.port)}"
     processes = []
     for index in range(args.processes):
