@@ -52,17 +52,8 @@ fi
 # One that fails ends the others, which would wait for it.
 step=(srun --kill-on-bad-exit=1)
 gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_NTASKS_PER_NODE:-1}
-if [ "$gpus" -gt 0 ]; then
-  # Under Slurm JAX gives each process the one GPU with the number of its task on the node
-  # (jax/_src/clusters/cluster.py), unless it is told otherwise.
-  if [ "$tasks" -eq 1 ]; then
-    environment+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))")
-  elif [ "$tasks" -eq "$gpus" ]; then
-    # Each task has to see them all for that number to mean anything.
-    step+=(--gpu-bind=none)
-  else
-    die "$tasks tasks for the $gpus GPUs of a node; set --ntasks-per-node to 1 or $gpus."
-  fi
+if [ "$gpus" -gt 0 ] && [ "$tasks" -ne 1 ] && [ "$tasks" -ne "$gpus" ]; then
+  die "$tasks tasks for the $gpus GPUs of a node; set --ntasks-per-node to 1 or $gpus."
 fi
 step+=(sh scripts/launch/resume.sh "$@")
 

@@ -32,7 +32,7 @@ def slurm(tmp_path, monkeypatch):
         (folder / "scripts/launch" / name).symlink_to(ROOT / "scripts/launch" / name)
     monkeypatch.chdir(folder)
     # The tests' own machine may be a node.
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_", "JAX_LOCAL"))]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SRUN_"))]:
         monkeypatch.delenv(name)
     programs = Recorder(tmp_path, monkeypatch)
     programs.add("srun", SRUN)
@@ -49,23 +49,17 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", SCRIPT, *words], capture_output=True, text=True, timeout=60)
 
 
-def test_one_process_a_node_has_all_of_its_gpus(slurm, monkeypatch):
+@pytest.mark.parametrize("tasks", ["1", "8"])
+def test_one_process_a_node_or_a_gpu(tasks, slurm, monkeypatch):
+    """Which GPUs each has, the start-up of the run decides."""
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", tasks)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     assert run(*TRAIN, "--out", "runs/a").returncode == 0
     (srun,) = slurm.calls("srun")
     resume = ["sh", "scripts/launch/resume.sh"]
     assert srun["argv"] == ["--kill-on-bad-exit=1", *resume, *TRAIN, "--out", "runs/a"]
-    assert srun["environment"]["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
     assert srun["environment"]["SRUN_CPUS_PER_TASK"] == "64"
     assert not slurm.calls("scontrol")
-
-
-def test_one_process_a_gpu_is_left_to_jax(slurm, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
-    assert run(*TRAIN).returncode == 0
-    (srun,) = slurm.calls("srun")
-    assert srun["argv"][:2] == ["--kill-on-bad-exit=1", "--gpu-bind=none"]
-    assert "JAX_LOCAL_DEVICE_IDS" not in srun["environment"]
 
 
 def test_a_run_that_is_there_is_resumed(slurm):
@@ -112,6 +106,7 @@ def test_the_requeue_waits_for_the_signal_of_the_header():
 
 def test_a_dry_run_prints_what_would_be_run(slurm, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     words = [*TRAIN, "--out", """runs/it's "mine" $HOME"""]
     result = run("--dry-run", *words)
     assert (result.returncode, result.stderr) == (0, "")
@@ -119,7 +114,7 @@ def test_a_dry_run_prints_what_would_be_run(slurm, monkeypatch):
     # Read as a shell would, and run.
     assert subprocess.run(["bash", "-c", result.stdout], timeout=60).returncode == 0
     (srun,) = slurm.calls("srun")
-    assert srun["environment"]["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3,4,5,6,7"
+    assert srun["environment"]["SRUN_CPUS_PER_TASK"] == "4"
     assert srun["argv"] == shlex.split("--kill-on-bad-exit=1 sh scripts/launch/resume.sh") + words
 
 
