@@ -64,11 +64,17 @@ if [ -n "$dry_run" ]; then
 fi
 status=0
 env "${environment[@]}" "${step[@]}" || status=$?
-# A run that was asked to stop ends well, as one that is done does. Close to the end of the job's time
-# it is the former; and if it was the latter, the next start finds nothing left to do.
-if [ "$status" -eq 0 ] && [ -n "${SLURM_JOB_END_TIME:-}" ] &&
-  [ "$(date +%s)" -ge $((SLURM_JOB_END_TIME - SECONDS_AHEAD)) ]; then
-  echo "The time is up; the job is queued again and will resume the run."
-  scontrol requeue "$SLURM_JOB_ID"
+# A run that was asked to stop ends well, as one that is done does; the job's end tells them apart: it
+# is close, or a preemption has moved it up. (If the run was done just then, the next start finds
+# nothing left to do.)
+planned=${SLURM_JOB_END_TIME:-}
+if [ "$status" -eq 0 ] && [ -n "$planned" ]; then
+  end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || end=''
+  # To `date`, no time at all is midnight.
+  end=$(date -d "${end:-none}" +%s) || end=$planned
+  if [ "$end" -lt "$planned" ] || [ "$(date +%s)" -ge $((end - SECONDS_AHEAD)) ]; then
+    echo "The run was asked to stop; the job is queued again and will resume it."
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
 fi
 exit "$status"

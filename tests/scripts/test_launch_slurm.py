@@ -37,6 +37,7 @@ def slurm(tmp_path, monkeypatch):
     programs = Recorder(tmp_path, monkeypatch)
     programs.add("srun", SRUN)
     programs.add("scontrol")
+    programs.add("squeue", "sys.exit(1)")
     programs.add("hybrid-jax")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
@@ -78,15 +79,30 @@ def test_a_run_that_is_there_is_resumed(slurm):
 
 
 @pytest.mark.parametrize(
-    ("seconds_left", "code", "requeued"),
-    [(3600, 0, False), (600, 0, True), (30, 0, True), (30, 3, False)],
+    ("planned", "now", "code", "requeued"),
+    [
+        # Done with an hour left, asked to stop ahead of the end, and failed just then.
+        (3600, 3600, 0, False),
+        (600, 600, 0, True),
+        (600, 600, 3, False),
+        # A preemption has moved the end up; an administrator has put it off.
+        (36000, 3600, 0, True),
+        (600, 36000, 0, False),
+        # Slurm does not say.
+        (3600, None, 0, False),
+        (600, None, 0, True),
+    ],
 )
-def test_a_run_that_ran_out_of_time_is_queued_again(
-    seconds_left, code, requeued, slurm, monkeypatch
+def test_a_run_that_was_asked_to_stop_is_queued_again(
+    planned, now, code, requeued, slurm, monkeypatch
 ):
     """One that failed is not: it would fail again."""
     slurm.add("hybrid-jax", f"sys.exit({code})")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + seconds_left))
+    begin = int(time.time())
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(begin + planned))
+    if now is not None:
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(begin + now))
+        slurm.add("squeue", f"print({end!r})")
     assert run(*TRAIN).returncode == code
     expected = [["requeue", "12"]] if requeued else []
     assert [call["argv"] for call in slurm.calls("scontrol")] == expected
