@@ -70,19 +70,23 @@ class MixtureOfExperts(nnx.Module):
         x_RD = x_BTD.reshape(B * T, D)
         logits_RE = project(x_RD.astype(jnp.float32), self.router[...])
         choice = self._choose(logits_RE)
+        real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
+        real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)
+        load = None
         if context.placement is None:
             out_RD = expert_mixture(
                 x_RD, choice, self.gate_up[...], self.down[...],
                 self.spec.num_experts, context.group_offset,
             )  # fmt: skip
         else:
-            out_RD = placed.expert_mixture(
-                context.placement, x_BTD, choice, self.gate_up[...], self.down[...],
-                self.spec.num_experts,
-            ).reshape(B * T, D)  # fmt: skip
-        real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
-        real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)
-        routing = router.statistics(logits_RE, choice.expert_TA, real_R)
+            # Padding takes no place from tokens, and does not travel.
+            expert_RA = jnp.where(real_R[:, None] > 0, choice.expert_TA, self.spec.num_experts)
+            out_BTD, load = placed.expert_mixture(
+                context.placement, x_BTD, choice._replace(expert_TA=expert_RA),
+                self.gate_up[...], self.down[...], self.spec.num_experts,
+            )  # fmt: skip
+            out_RD = out_BTD.reshape(B * T, D)
+        routing = router.statistics(logits_RE, choice.expert_TA, real_R, load)
         out_BTD = out_RD.reshape(B, T, D)
         if self.spec.shared is not None:
             out_BTD = self.shared(x_BTD, out_BTD)

@@ -20,6 +20,19 @@ class Choice(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What experts on many devices took and left, all devices together."""
+
+    dropped_E: jax.Array
+    """float32: how many of the real tokens' choices found no place, by expert."""
+    rows_max: jax.Array
+    """float32 scalar: rows that came to the busiest device, for which all others wait."""
+    rows_mean: jax.Array
+    """float32 scalar: rows that came to a device on average."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Routing:
     """Sums over real tokens, from which every balance loss is made; stacked over layers outside."""
 
@@ -31,6 +44,8 @@ class Routing:
     """float32 scalar: sum of the squared log-sum-exp of the logits (router z-loss)."""
     tokens: jax.Array
     """float32 scalar: real tokens that were routed."""
+    load: Load | None = None
+    """With a placement: choices count as hits whether or not they found a place."""
 
 
 def choose_softmax(logits_TE, spec: layers.SoftmaxTopK) -> Choice:
@@ -51,7 +66,7 @@ def choose_sigmoid(logits_TE, bias_E, spec: layers.SigmoidTopK) -> Choice:
     return Choice(expert_TA, score_TA / jnp.sum(score_TA, axis=-1, keepdims=True))
 
 
-def statistics(logits_TE, expert_TA, real_T) -> Routing:
+def statistics(logits_TE, expert_TA, real_T, load: Load | None = None) -> Routing:
     """Balance statistics over the tokens where `real_T` (float32 0 or 1) is one."""
     E = logits_TE.shape[-1]
     hits_TE = jnp.sum(jax.nn.one_hot(expert_TA, E, dtype=jnp.float32), axis=1)
@@ -62,4 +77,5 @@ def statistics(logits_TE, expert_TA, real_T) -> Routing:
         probability_E=real_T @ probability_TE,
         logsumexp_squared=jnp.sum(real_T * jnp.square(logsumexp_T)),
         tokens=jnp.sum(real_T),
+        load=load,
     )

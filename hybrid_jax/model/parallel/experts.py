@@ -15,7 +15,7 @@ from sharding import exchange
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Load:
+class DeviceLoad:
     """What became of the tokens of this device; sums over devices are those of all tokens."""
 
     chosen_E: jax.Array
@@ -25,6 +25,15 @@ class Load:
     arrived: jax.Array
     """int32 scalar: rows this device's experts took from everywhere. The largest over the devices,
     against the mean, is what an uneven router costs."""
+
+    def total(self, axes: tuple[str, ...]) -> router.Load:
+        """Of all devices along the mesh axes that split tokens; inside `jax.shard_map`."""
+        rows = self.arrived.astype(jnp.float32)
+        return router.Load(
+            dropped_E=lax.psum(self.dropped_E, axes).astype(jnp.float32),
+            rows_max=lax.pmax(rows, axes),
+            rows_mean=lax.pmean(rows, axes),
+        )
 
 
 def expert_mixture(
@@ -38,7 +47,7 @@ def expert_mixture(
     *,
     token_groups: int = 1,
     group_offset=None,
-) -> tuple[jax.Array, Load]:
+) -> tuple[jax.Array, DeviceLoad]:
     """This device's part of `ffn.moe.expert_mixture`: out_TD in float32, and the load.
 
     A dropped choice adds nothing to its token; the weights of the others stay as they are.
@@ -86,7 +95,7 @@ def expert_mixture(
         out_TD = lax.psum(out_TD, axes.tensor)
     kept_NE = kept_PNE[lax.axis_index(axes.expert)]
     chosen_E, dropped_E = (jnp.sum(array, axis=0) for array in (counts_NE, counts_NE - kept_NE))
-    return out_TD, Load(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
+    return out_TD, DeviceLoad(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
 def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, multiply):

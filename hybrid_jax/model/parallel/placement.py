@@ -7,10 +7,29 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hybrid_jax.model.parallel.admission import DROPLESS, Capacity
 from sharding import Logical, MeshShape, Rules, mesh, rules
 
 ROWS = (Logical.BATCH, Logical.TIME)
 """What the first two dims of every activation mean; the others follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertOptions:
+    """How rows travel to experts on other devices."""
+
+    capacity: Capacity = DROPLESS
+    """What the experts take; the rest is dropped, and counted in `Routing.load`."""
+    token_groups: int = 1
+    """Parts that a device's tokens are cut into, so that one may travel while another is
+    multiplied; must divide them."""
+
+    def __post_init__(self):
+        if not isinstance(self.token_groups, int) or self.token_groups < 1:
+            raise ValueError(
+                "ExpertOptions.token_groups is a number of groups and must be a whole number >= 1; "
+                f"got {self.token_groups!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +38,7 @@ class Placement:
 
     mesh: jax.sharding.Mesh
     rules: Rules
+    experts: ExpertOptions = ExpertOptions()
 
     @functools.cached_property
     def shape(self) -> MeshShape:
@@ -28,6 +48,11 @@ class Placement:
     def axes_of(self, logical: Logical) -> tuple[str, ...]:
         """Mesh axes that split an activation's dim, those of one device too."""
         return self.rules.activations.get(logical, ())
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split tokens, those of one device too."""
+        return tuple(axis for logical in ROWS for axis in self.axes_of(logical))
 
     def spec(self, *axes: Logical | None) -> PartitionSpec:
         """How dims of an activation are split; None is a dim that never is."""
@@ -60,7 +85,9 @@ class Placement:
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
 
 
-def make(mesh_text: str, rules_name: str, devices=None) -> Placement:
+def make(
+    mesh_text: str, rules_name: str, devices=None, experts: ExpertOptions = ExpertOptions()
+) -> Placement:
     """From what a user types; ValueError for what does not multiply out or is not known."""
     devices = jax.devices() if devices is None else devices
     shape, chosen = mesh.parse(mesh_text, len(devices)), rules.get(rules_name)
@@ -70,4 +97,4 @@ def make(mesh_text: str, rules_name: str, devices=None) -> Placement:
             f"The rules {rules_name!r} split nothing over {', '.join(idle)}: devices of the mesh "
             f"{mesh_text!r} would do the same work; use other rules, or leave the axis out."
         )
-    return Placement(mesh.make(shape, devices), chosen)
+    return Placement(mesh.make(shape, devices), chosen, experts)
