@@ -6,7 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from hybrid_jax.model import remat
 from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity, ExpertAxes, admit
 from pallas_kernels import grouped_swiglu, varying
@@ -105,8 +107,10 @@ def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis,
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
     there_RD = exchange.exchange_rows(x_RD, routes, num_rows, axis)
+    there_RD = checkpoint_name(there_RD, remat.ARRIVED)
     y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
     y_RD = exchange.exchange_rows(y_there_RD, routes.back(), x_RD.shape[0], axis)
+    y_RD = checkpoint_name(y_RD, remat.RETURNED)
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 
 
