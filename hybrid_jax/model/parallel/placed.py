@@ -64,7 +64,7 @@ def expert_mixture(
 ) -> tuple[jax.Array, Load]:
     """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D] as `placement.experts` has it.
 
-    `choice` is of the B * T tokens; one of the index `num_experts` is of none and goes nowhere. A
+    `choice` is of [B, T] tokens or of B * T; the index `num_experts` is of none and goes nowhere. A
     capacity is that of the tokens of all devices: those of the mesh axes that split tokens and not
     experts count together. ValueError if rules split experts over an axis that splits no tokens.
     """
