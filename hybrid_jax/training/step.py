@@ -103,6 +103,12 @@ def _loss(
         total = total + balanced + config.loss.router_z_loss * router_z
         metrics |= {"balance_loss": balanced, "router_z": router_z}
         metrics["expert_hits"] = routing.hits_E
+        if (load := routing.load) is not None:
+            metrics |= {
+                "expert_dropped": jnp.sum(load.dropped_E),
+                "expert_rows_max": load.rows_max,
+                "expert_rows_mean": load.rows_mean,
+            }
     return total, metrics
 
 
@@ -129,12 +135,21 @@ def _accumulated(loss, params: Named, batch: Batch, rounds: int) -> tuple[Named,
 
 
 def _finish(metrics: Metrics) -> Metrics:
-    """Loads of the experts as the extremes over layers, relative to an even load."""
+    """Loads of the experts as the extremes over layers, relative to an even load.
+
+    With a placement also that of the busiest device, relative to the mean: a layer takes so many
+    times longer than an even one. Of several rounds the sums count, for they come one after the
+    other.
+    """
     hits_LE = metrics.pop("expert_hits", None)
     if hits_LE is None:
         return metrics
     load_LE = hits_LE / jnp.maximum(jnp.mean(hits_LE, axis=-1, keepdims=True), 1e-9)
-    return metrics | {
-        "expert_load_max": jnp.max(load_LE),
-        "expert_load_min": jnp.min(load_LE),
-    }
+    metrics |= {"expert_load_max": jnp.max(load_LE), "expert_load_min": jnp.min(load_LE)}
+    if "expert_dropped" in metrics:
+        dropped, mean_L = metrics.pop("expert_dropped"), metrics.pop("expert_rows_mean")
+        metrics |= {
+            "expert_dropped_fraction": dropped / jnp.maximum(jnp.sum(hits_LE), 1.0),
+            "expert_rows_max": jnp.max(metrics["expert_rows_max"] / jnp.maximum(mean_L, 1e-9)),
+        }
+    return metrics

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.config import layers
+from hybrid_jax.model import remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
@@ -78,6 +80,7 @@ class SoftmaxMixer(nnx.Module):
             out_BTHV = softmax_attention(
                 q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=context.lengths_B
             )
+        out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
         return project(out_BTHV, self.out[...].astype(dtype), 2), state
 
     @staticmethod

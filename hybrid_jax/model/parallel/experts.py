@@ -6,7 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from hybrid_jax.model import remat
 from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity, ExpertAxes, admit
 from pallas_kernels import grouped_swiglu, varying
@@ -15,7 +17,7 @@ from sharding import exchange
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Load:
+class DeviceLoad:
     """What became of the tokens of this device; sums over devices are those of all tokens."""
 
     chosen_E: jax.Array
@@ -25,6 +27,15 @@ class Load:
     arrived: jax.Array
     """int32 scalar: rows this device's experts took from everywhere. The largest over the devices,
     against the mean, is what an uneven router costs."""
+
+    def total(self, axes: tuple[str, ...]) -> router.Load:
+        """Of all devices along the mesh axes that split tokens; inside `jax.shard_map`."""
+        rows = self.arrived.astype(jnp.float32)
+        return router.Load(
+            dropped_E=lax.psum(self.dropped_E, axes).astype(jnp.float32),
+            rows_max=lax.pmax(rows, axes),
+            rows_mean=lax.pmean(rows, axes),
+        )
 
 
 def expert_mixture(
@@ -39,7 +50,7 @@ def expert_mixture(
     token_groups: int = 1,
     group_offset=None,
     platform: str | None = None,
-) -> tuple[jax.Array, Load]:
+) -> tuple[jax.Array, DeviceLoad]:
     """This device's part of `ffn.moe.expert_mixture`: out_TD in float32, and the load.
 
     A dropped choice adds nothing to its token; the weights of the others stay as they are.
@@ -89,7 +100,7 @@ def expert_mixture(
         out_TD = lax.psum(out_TD, axes.tensor)
     kept_NE = kept_PNE[lax.axis_index(axes.expert)]
     chosen_E, dropped_E = (jnp.sum(array, axis=0) for array in (counts_NE, counts_NE - kept_NE))
-    return out_TD, Load(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
+    return out_TD, DeviceLoad(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
 def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, move, multiply):
@@ -98,9 +109,9 @@ def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis,
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    there_RD = move(x_RD, routes, num_rows)
+    there_RD = checkpoint_name(move(x_RD, routes, num_rows), remat.ARRIVED)
     y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
-    y_RD = move(y_there_RD, routes.back(), x_RD.shape[0])
+    y_RD = checkpoint_name(move(y_there_RD, routes.back(), x_RD.shape[0]), remat.RETURNED)
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 
 
