@@ -86,10 +86,12 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
+    # With all experts here, rows are where they belong.
+    all_stay = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
     visits = []
     for n, (x, weight, order) in enumerate(zip(parts[0], parts[1], orders)):
         routes = exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n])
-        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, multiply))
+        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, multiply, all_stay))
     outs, arrived = zip(*visits)
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
@@ -100,16 +102,21 @@ def expert_mixture(
     return out_TD, DeviceLoad(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
-def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, multiply):
+def _visit(
+    x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, multiply, all_stay
+):
     """(weighted sums over the experts for one group of tokens, rows that came to this device)."""
     token_R, row_TA, _ = order
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    there_RD = exchange.exchange_rows(x_RD, routes, num_rows, axis)
-    there_RD = checkpoint_name(there_RD, remat.ARRIVED)
-    y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
-    y_RD = exchange.exchange_rows(y_there_RD, routes.back(), x_RD.shape[0], axis)
+    if all_stay:
+        y_RD = multiply(x_RD, group_sizes_E=sizes_E)
+    else:
+        there_RD = exchange.exchange_rows(x_RD, routes, num_rows, axis)
+        there_RD = checkpoint_name(there_RD, remat.ARRIVED)
+        y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
+        y_RD = exchange.exchange_rows(y_there_RD, routes.back(), x_RD.shape[0], axis)
     y_RD = checkpoint_name(y_RD, remat.RETURNED)
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 

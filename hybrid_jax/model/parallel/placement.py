@@ -72,17 +72,42 @@ class Placement:
         return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
 
     def gather(self, params):
-        """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole."""
+        """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole.
+
+        Not so the weights of experts, which `weights.whole` gathers where they are used.
+        """
 
         def one(path, param: nnx.Variable):
             axes, value = param.get_metadata()["axes"], param[...]
+            if Logical.EXPERTS in axes and Logical.FFN in axes:
+                return param
             name = jax.tree_util.keystr(path)
             spec = self.rules.used_parameter(axes, value.shape, self.shape, name)
-            value = jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
-            return param.replace(value)
+            used, stored = NamedSharding(self.mesh, spec), self.parameter(name, axes, value.shape)
+            return param.replace(_gathered(used, stored, value))
 
         is_param = lambda x: isinstance(x, nnx.Variable)
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(used: NamedSharding, stored: NamedSharding, value):
+    """The value where it is used; its gradient where it is stored.
+
+    JAX's own rule would ask for the whole gradient on every device first.
+    """
+    return jax.lax.with_sharding_constraint(value, used)
+
+
+def _gathered_fwd(used, stored, value):
+    return jax.lax.with_sharding_constraint(value, used), None
+
+
+def _gathered_bwd(used, stored, residuals, dvalue):
+    return (jax.lax.with_sharding_constraint(dvalue, stored),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def make(
