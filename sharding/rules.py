@@ -54,6 +54,10 @@ class Rules:
         table = {logical: self.activations.get(logical, ()) for logical in self._table(axes)}
         return _spec(table, axes, shape, mesh, name)
 
+    def stored_over(self, axes: Sequence[Logical], logical: Logical) -> tuple[str, ...]:
+        """Mesh axes that split one dim of a parameter with these dims at rest."""
+        return self._table(axes).get(logical, ())
+
     def activation(
         self, axes: Sequence[Logical | None], shape: Sequence[int], mesh: MeshShape, name: str
     ) -> PartitionSpec:

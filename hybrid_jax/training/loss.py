@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from hybrid_jax.model.parallel import weights
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
 from sharding import Logical
@@ -47,18 +48,17 @@ def cross_entropy(
     if placement is None:
         return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, (), *arrays))
     words, tokens = placement.axes_of(Logical.VOCAB), placement.spec(*ROWS)
-    shared = tuple(axis for logical in ROWS for axis in placement.axes_of(logical))
+    shared, axes = placement.token_axes, (Logical.MODEL, Logical.VOCAB)
 
     def local(x_BTD, kernel_DW, targets_BT, weights_BT):
-        # Every device's own, so that its gradient is summed over those that share it.
-        kernel_DW = jax.lax.pcast(kernel_DW, shared, to="varying") if shared else kernel_DW
+        kernel_DW = weights.whole(placement, kernel_DW, *axes)
         sums = _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT)
         return jax.lax.psum(sums, shared) if shared else sums
 
     sums = jax.shard_map(
         local,
         mesh=placement.mesh,
-        in_specs=(placement.spec(*ROWS, None), placement.spec(None, Logical.VOCAB), tokens, tokens),
+        in_specs=(placement.spec(*ROWS, None), weights.spec(placement, *axes), tokens, tokens),
         out_specs=PartitionSpec(),
     )(*arrays)
     return TokenLoss(*sums)

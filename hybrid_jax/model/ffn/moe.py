@@ -1,5 +1,8 @@
 """A mixture of SwiGLU experts without drops: sort by expert, grouped matmuls, weighted sum."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -68,7 +71,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(self, x_BTD, context: Context):
         B, T, D = x_BTD.shape
         logits_BTE = project(x_BTD.astype(jnp.float32), self.router[...])
-        choice = self._choose(logits_BTE)
+        choice = self._choose(logits_BTE, context)
         real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
         real_BT = jnp.broadcast_to(real_BT, (B, T)).astype(jnp.float32)
         load = None
@@ -90,7 +93,12 @@ class MixtureOfExperts(nnx.Module):
             out_BTD = self.shared(x_BTD, out_BTD)
         return out_BTD.astype(x_BTD.dtype), routing
 
-    def _choose(self, logits_BTE) -> router.Choice:
+    def _choose(self, logits_BTE, context: Context) -> router.Choice:
+        rule: Callable[..., router.Choice] = router.choose_softmax
+        arrays = [logits_BTE]
         if isinstance(self.spec.router, layers.SigmoidTopK):
-            return router.choose_sigmoid(logits_BTE, self.correction_bias[...], self.spec.router)
-        return router.choose_softmax(logits_BTE, self.spec.router)
+            rule, arrays = router.choose_sigmoid, [logits_BTE, self.correction_bias[...]]
+        choose = functools.partial(rule, spec=self.spec.router)
+        if context.placement is None:
+            return choose(*arrays)
+        return placed.choose(context.placement, choose, *arrays)

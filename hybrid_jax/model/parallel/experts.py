@@ -88,7 +88,13 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
-    move = functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
+    # With all experts here, rows are where they belong.
+    all_stay = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
+    move = (
+        None
+        if all_stay
+        else functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
+    )
     visits = []
     for n, (x, weight, order) in enumerate(zip(parts[0], parts[1], orders)):
         routes = exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n])
@@ -109,9 +115,13 @@ def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis,
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    there_RD = checkpoint_name(move(x_RD, routes, num_rows), remat.ARRIVED)
-    y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
-    y_RD = checkpoint_name(move(y_there_RD, routes.back(), x_RD.shape[0]), remat.RETURNED)
+    if move is None:
+        y_RD = multiply(x_RD, group_sizes_E=sizes_E)
+    else:
+        there_RD = checkpoint_name(move(x_RD, routes, num_rows), remat.ARRIVED)
+        y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
+        y_RD = move(y_there_RD, routes.back(), x_RD.shape[0])
+    y_RD = checkpoint_name(y_RD, remat.RETURNED)
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 
 

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from hybrid_jax.model.ffn.router import Choice, Load
-from hybrid_jax.model.parallel import experts, lightning, softmax
+from hybrid_jax.model.parallel import experts, lightning, softmax, weights
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
 from sharding import Logical
@@ -59,6 +59,13 @@ def softmax_attention(placement: Placement, q_BTHK, k_BTGK, v_BTGV, segment_ids_
     return _run(placement, local, (q, kv, kv, ids), q, q_BTHK, k_BTGK, v_BTGV, segment_ids_BT)
 
 
+def choose(placement: Placement, choose, logits_BTE, *whole) -> Choice:
+    """`choose(logits_BTE, *whole)` of each token where it is: XLA splits a top-k on TPUs alone."""
+    rows = placement.spec(*ROWS, None)
+    in_specs = (rows, *(PartitionSpec() for _ in whole))
+    return _run(placement, choose, in_specs, rows, logits_BTE, *whole)
+
+
 def expert_mixture(
     placement: Placement, x_BTD, choice: Choice, gate_up_ED2F, down_EFD, num_experts: int
 ) -> tuple[jax.Array, Load]:
@@ -80,16 +87,16 @@ def expert_mixture(
         tensor=placement.axes_of(Logical.FFN) or None,
         replicas=tuple(axis for axis in placement.token_axes if axis not in split),
     )
-    options, storage = placement.experts, placement.expert_storage()
+    options = placement.experts
+    gate_up_axes = Logical.EXPERTS, Logical.MODEL, Logical.PARTS, Logical.FFN
+    down_axes = Logical.EXPERTS, Logical.FFN, Logical.MODEL
 
     def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
-        if storage:
-            # Here, so that the gradient is scattered as it is summed; and it is once a layer.
-            gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, storage, axis=1, tiled=True)
-            down_EFD = jax.lax.all_gather(down_EFD, storage, axis=2, tiled=True)
         x_TD, expert_TA, weight_TA = (
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
+        gate_up_ED2F = weights.whole(placement, gate_up_ED2F, *gate_up_axes, dtype=x_BTD.dtype)
+        down_EFD = weights.whole(placement, down_EFD, *down_axes, dtype=x_BTD.dtype)
         out_TD, load = experts.expert_mixture(
             x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes,
             options.capacity, token_groups=options.token_groups, platform=placement.platform,
@@ -97,9 +104,7 @@ def expert_mixture(
         return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
 
     rows = placement.spec(*ROWS, None)
-    by_expert, by_ffn = placement.spec(Logical.EXPERTS, Logical.FFN)
-    gate_up = PartitionSpec(by_expert, storage or None, None, by_ffn)
-    down = PartitionSpec(by_expert, by_ffn, storage or None)
+    gate_up, down = (weights.spec(placement, *axes) for axes in (gate_up_axes, down_axes))
     choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
     specs = (rows, rows, rows, gate_up, down)
     out_specs = rows, PartitionSpec()
@@ -109,8 +114,10 @@ def expert_mixture(
 def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:
     """Rows of a table whose words are split: each device gives those it has, and the sum is all."""
     words = placement.axes_of(Logical.VOCAB)
+    axes = Logical.VOCAB, Logical.MODEL
 
     def local(table_WD, tokens_BT):
+        table_WD = weights.whole(placement, table_WD, *axes)
         table_WD, tokens_BT = varying.alike(table_WD, tokens_BT)
         W = table_WD.shape[0]
         here_BT = tokens_BT - (jax.lax.axis_index(words) * W if words else 0)
@@ -119,5 +126,5 @@ def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:
         return jax.lax.psum(x_BTD, words) if words else x_BTD
 
     rows = placement.spec(*ROWS)
-    specs = (placement.spec(Logical.VOCAB, None), rows)
+    specs = (weights.spec(placement, *axes), rows)
     return _run(placement, local, specs, placement.spec(*ROWS, None), table_WD, tokens_BT)

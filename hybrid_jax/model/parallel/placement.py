@@ -72,11 +72,6 @@ class Placement:
         """Tell the compiler where an activation lives."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
-    def expert_storage(self) -> tuple[str, ...]:
-        """Mesh axes that split the width of experts' weights at rest alone."""
-        split = self.rules.experts.get(Logical.MODEL, ())
-        return tuple(axis for axis in split if self.shape.sizes[axis] > 1)
-
     def parameter(self, name: str, axes, shape) -> NamedSharding:
         """Where a parameter is stored, its gradient and its moments with it."""
         return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
@@ -84,7 +79,7 @@ class Placement:
     def gather(self, params):
         """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole.
 
-        Experts stay as they rest: the mixture gathers them where it uses them.
+        Not so the weights of experts, which `weights.whole` gathers where they are used.
         """
 
         def one(path, param: nnx.Variable):
