@@ -2,31 +2,22 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, target, varying
-from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.grouped_swiglu import xla
-from pallas_kernels.grouped_swiglu.activation import gated
+from pallas_kernels.grouped_matmul.api import check_interpret
+from pallas_kernels.grouped_swiglu import composed, pallas_tpu, xla
 
-
-def _composed(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset):
-    """Two grouped matmuls, each in the implementation for the platform compiled for."""
-    matmul = functools.partial(grouped_matmul, group_offset=group_offset)
-    hidden_RX = matmul(x_RD, gate_up_EDX, group_sizes_E)
-    return matmul(gated(hidden_RX), down_EFD, group_sizes_E)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla.grouped_swiglu,
-    "composed": _composed,
-}
 # By name: (target, *arrays) -> why this implementation does not serve the call, or None.
-WHY_NOT = {"xla": xla.why_not}
+WHY_NOT = {"pallas_tpu": pallas_tpu.why_not, "xla": xla.why_not}
 # Tried in turn for each target a program may be compiled for. The last one takes every call.
-AUTOMATIC_ORDER = ("xla", "composed")
+AUTOMATIC_ORDER = ("pallas_tpu", "xla", "composed")
+# With a gradient: the hidden rows are kept, which "xla" never has whole. Writing them out costs on
+# a CPU what the fusion saves.
+_MODULES = {"pallas_tpu": pallas_tpu, "composed": composed}
 
 
 def choices(*arrays) -> dict[target.Target, dispatch.Choice]:
@@ -34,26 +25,54 @@ def choices(*arrays) -> dict[target.Target, dispatch.Choice]:
     return dispatch.choose(AUTOMATIC_ORDER, WHY_NOT, *arrays)
 
 
-@jax.custom_vjp
-def _automatic(*arrays):
-    branches = {place: IMPLEMENTATIONS[choice.name] for place, choice in choices(*arrays).items()}
+def _select(pass_name: str, interpret: Any, implementation: str | None, call, *more):
+    """A pass for the target compiled for, or of the implementation named."""
+    if implementation is not None:
+        options = {"interpret": interpret} if interpret else {}
+        return getattr(_MODULES[implementation], pass_name)(*call, *more, **options)
+    branches = {
+        place: getattr(_MODULES.get(choice.name, composed), pass_name)
+        for place, choice in choices(*call).items()
+    }
+    return target.select(branches, *call, *more)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradient(implementation: str | None, interpret: Any, *arrays):
+    if implementation is not None:
+        return _select("grouped_swiglu", interpret, implementation, arrays)
+    modules = _MODULES | {"xla": xla}
+    branches = {
+        place: modules[choice.name].grouped_swiglu for place, choice in choices(*arrays).items()
+    }
     return target.select(branches, *arrays)
 
 
-def _forward(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset):
-    # A gradient needs the hidden rows, which the fused form never has whole: writing them out
-    # costs on a CPU what the fusion saves.
-    def composed(x_RD, gate_up_EDX, down_EFD):
-        return _composed(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset)
-
-    return jax.vjp(composed, x_RD, gate_up_EDX, down_EFD)
+def _forward(implementation, interpret, *arrays):
+    out_RD, *kept = _select("forward", interpret, implementation, arrays)
+    return out_RD, (arrays, kept)
 
 
-def _backward(pull_back, dout_RD):
-    return *pull_back(dout_RD), None, None
+def _backward(implementation, interpret, residuals, dout_RD):
+    arrays, kept = residuals
+    gradients = _select("backward", interpret, implementation, arrays, *kept, dout_RD)
+    return *gradients, None, None
 
 
-_automatic.defvjp(_forward, _backward)
+_with_gradient.defvjp(_forward, _backward)
+
+
+def _kernels(*arrays, interpret):
+    if not interpret:
+        dispatch.demand(pallas_tpu.why_not, *arrays)
+    return _with_gradient("pallas_tpu", interpret, *arrays)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "pallas_tpu": _kernels,
+    "xla": lambda *arrays, interpret: xla.grouped_swiglu(*arrays),
+    "composed": lambda *arrays, interpret: composed.grouped_swiglu(*arrays),
+}
 
 
 def grouped_swiglu(
@@ -64,6 +83,7 @@ def grouped_swiglu(
     *,
     group_offset: jax.Array | None = None,
     implementation: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """down_e(silu(gate_e(x)) * up_e(x)) for the rows of each group e: out_RD, in x's dtype.
 
@@ -73,27 +93,32 @@ def grouped_swiglu(
       down_EFD: in x's dtype.
       group_sizes_E: as in grouped_matmul; rows past their sum give zeros.
       group_offset: as in grouped_matmul: where this call's groups begin in the two stacks.
-      implementation: "xla" (block by block through both matmuls, so that the hidden rows never
-        leave the cache; no gradient), "composed" (two grouped matmuls), or None: "xla" on CPUs
-        where no gradient is taken, and "composed" otherwise.
+      implementation: "pallas_tpu" (the gate in the kernels of the products), "xla" (block by block
+        through both matmuls, so that the hidden rows never leave the cache; no gradient),
+        "composed" (two grouped matmuls), or None: the kernels on TPUs, if they can serve the call,
+        "xla" on CPUs where no gradient is taken, and "composed" otherwise.
+      interpret: True or interpret parameters of Pallas, with "pallas_tpu" named.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together; the message says which.
+      Unsupported: the implementation that was named cannot serve this call.
 
     Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202), SwiGLU without biases.
     """
     _check(x_RD, gate_up_EDX, down_EFD)
+    check_interpret("grouped_swiglu", implementation, interpret)
     if 0 in x_RD.shape or 0 in group_sizes_E.shape or 0 in down_EFD.shape:
-        return _composed(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset)
+        return composed.grouped_swiglu(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset)
     group_sizes_E = group_sizes_E.astype(jnp.int32)
     if group_offset is not None:
         group_offset = group_offset.astype(jnp.int32)
     arrays = varying.alike(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset)
     if implementation is None:
-        return _automatic(*arrays)
+        return _with_gradient(None, False, *arrays)
     return dispatch.call(
-        "grouped_swiglu", IMPLEMENTATIONS, (), *arrays, implementation=implementation
-    )
+        "grouped_swiglu", IMPLEMENTATIONS, (), *arrays,
+        implementation=implementation, interpret=interpret,
+    )  # fmt: skip
 
 
 def _check(x, gate_up, down) -> None:

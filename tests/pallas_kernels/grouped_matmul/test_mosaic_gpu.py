@@ -66,12 +66,11 @@ def test_what_it_cannot_take_is_refused_with_the_reason(change, reason):
     choices = api.choices(x, w, sizes)
     assert choices["hopper"].name == "xla"
     assert reason in choices["hopper"].refusals["mosaic_gpu"]
-    assert choices["tpu"].name == "ragged_dot"
 
 
 def test_it_is_chosen_for_hopper_alone():
     x, w = jnp.zeros((R, D), jnp.bfloat16), jnp.zeros((E, D, F), jnp.bfloat16)
     choices = api.choices(x, w, jnp.zeros(E, jnp.int32))
     names = {where: choice.name for where, choice in choices.items()}
-    assert names == {"tpu": "ragged_dot", "hopper": "mosaic_gpu", "blackwell": "xla",
+    assert names == {"tpu": "pallas_tpu", "hopper": "mosaic_gpu", "blackwell": "xla",
                      "cuda": "xla", "cpu": "xla"}  # fmt: skip
