@@ -37,6 +37,12 @@ class Args:
     """What the backward pass computes again; default: the preset's."""
     accumulate: int = 1
     """Rounds a batch is split into."""
+    capacity: float | None = None
+    """Rows the experts of a device take, as a multiple of an even share; what is beyond is dropped.
+    Default: none is, and buffers hold the worst case."""
+    token_groups: int = 1
+    """Parts that a device's tokens travel to experts in, so that one may travel while another is
+    multiplied."""
     chunk: int = 8192
     """Tokens of a prompt that prefill takes at a time."""
     search: bool = False
@@ -64,6 +70,7 @@ def run(args: Args) -> int:
     request = request_for(
         args.preset, args.target, args.step, mesh=args.mesh, rules=args.rules, batch=args.batch,
         seq=args.seq, remat=args.remat, accumulate=args.accumulate, chunk=args.chunk,
+        capacity=args.capacity, token_groups=args.token_groups,
     )  # fmt: skip
     if args.search:
         reports, failures = search(request, note, args.price)

@@ -3,10 +3,11 @@
 import math
 import re
 
-from hybrid_jax.plan import hlo
+from hybrid_jax.plan import hlo, kernels
 from hybrid_jax.plan.timeline import Work
 from hybrid_jax.targets.chips import Chip
 
+KERNEL = "kernel "
 MATRIX, ELEMENTWISE = "matrix products", "elementwise and copies"
 _KERNELS = ("tpu_custom_call", "mosaic_gpu", "__cudnn")
 
@@ -14,13 +15,18 @@ _KERNELS = ("tpu_custom_call", "mosaic_gpu", "__cudnn")
 class TpuClock:
     """The TPU compiler's `estimated_cycles`; kernels by name from their schedules."""
 
-    def __init__(self, program: hlo.Program, chip: Chip, kernels: dict[str, float]):
-        self._program, self._chip, self._kernels = program, chip, kernels
+    def __init__(self, program: hlo.Program, chip: Chip, fill: float):
+        """`fill` is as `kernels.seconds` has it."""
+        self._program, self._chip, self._fill = program, chip, fill
 
     def __call__(self, computation: str, instruction: hlo.Instruction) -> Work:
         kind = _kind(self._program, instruction)
-        if instruction.name in self._kernels:
-            return Work(self._kernels[instruction.name], kind, "schedule")
+        if kind.startswith(KERNEL):
+            known = kernels.seconds(
+                self._program, computation, instruction, self._chip.name, self._fill
+            )
+            if known is not None:
+                return Work(known, kind, "schedule")
         cycles = instruction.attribute(r'estimated_cycles":"?(\d+)')
         # The largest whole number stands for an estimate that overflowed.
         if cycles and int(cycles) < 1 << 62:
@@ -43,7 +49,7 @@ def _kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
     if instruction.opcode == "custom-call":
         target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
         if target.startswith(_KERNELS):
-            return "kernel " + re.sub(r"([.]clone|[.]remat\d*|[.]\d+)+$", "", instruction.name)
+            return KERNEL + kernels.stem(instruction.name)
         return MATRIX if "gemm" in target or "matmul" in target else ELEMENTWISE
     inner = program.inside(instruction.called[0]) if instruction.opcode == "fusion" else ()
     products = ("dot", "convolution")

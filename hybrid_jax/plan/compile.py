@@ -49,7 +49,7 @@ def examine(request: Request) -> dict:
     found["memory"] = _memory(compiled)
     program = hlo.read(compiled.as_text())
     if chip.platform == "tpu":
-        clock: timeline.Clock = clocks.TpuClock(program, chip, {})
+        clock: timeline.Clock = clocks.TpuClock(program, chip, built.fill)
     else:
         clock = clocks.RooflineClock(program, chip)
     links = network.Network(chip, list(placement.mesh.devices.flat))

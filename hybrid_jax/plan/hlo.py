@@ -96,8 +96,12 @@ def shape_bytes(shape: str) -> int:
 
 def dims(shape: str) -> list[int]:
     """Sizes of an array type, or of the first array in a tuple."""
-    found = _ARRAY.search(shape)
-    return _dims(found[2]) if found else []
+    return next(iter(all_dims(shape)), [])
+
+
+def all_dims(shape: str) -> list[list[int]]:
+    """Sizes of every array in a type."""
+    return [_dims(sizes) for _, sizes in _ARRAY.findall(shape)]
 
 
 def _dims(text: str) -> list[int]:

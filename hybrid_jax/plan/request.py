@@ -29,6 +29,10 @@ class Request:
     """train: what the backward pass computes again; None is the preset's."""
     accumulate: int = 1
     """train: rounds that a batch is split into."""
+    capacity: float | None = None
+    """Rows that the experts of a device take, as a multiple of an even share; None drops none."""
+    token_groups: int = 1
+    """Parts that a device's tokens travel to experts in."""
     chunk: int = 8192
     """prefill: tokens of a row that go through at a time."""
 
@@ -38,6 +42,8 @@ class Request:
         for name in ("batch", "seq", "accumulate", "chunk"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1; got {value!r}.")
+        if self.capacity is not None and not self.capacity > 0:
+            raise ValueError(f"capacity is a multiple of the even share; got {self.capacity!r}.")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch={self.batch} must be a multiple of accumulate={self.accumulate}."

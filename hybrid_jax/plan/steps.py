@@ -1,17 +1,19 @@
 """The real steps with abstract arguments, placed on devices that need not be there."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
-from hybrid_jax.config import presets
 from hybrid_jax.config import training as train_config
 from hybrid_jax.data import Batch
 from hybrid_jax.model import flops
 from hybrid_jax.model.parallel import placement as placements
+from hybrid_jax.model.parallel.admission import Capacity
 from hybrid_jax.plan.request import Request
 from hybrid_jax.training import optimizer, parameters, state, step
 from sharding import Logical
@@ -25,13 +27,18 @@ class Built:
     arguments: tuple
     tokens: int
     """That one call takes in, or makes."""
+    fill: float
+    """Share of the rows of experts' buffers that hold a token, if all experts get as many."""
     flops: float
     """That the mathematics of one call needs; `definitions` in the report says how counted."""
 
 
 def build(request: Request, devices) -> tuple[Built, placements.Placement]:
     """Nothing is allocated. ValueError for what does not divide, or is not known."""
-    placement = placements.make(request.mesh, request.rules, devices)
+    options = placements.ExpertOptions(
+        Capacity(per_device=request.capacity), token_groups=request.token_groups
+    )
+    placement = placements.make(request.mesh, request.rules, devices, options)
     config = presets.get(request.preset)
     if request.remat is not None:
         config = dataclasses.replace(config, remat=request.remat)
@@ -63,8 +70,21 @@ def _train(request: Request, config: model_config.ModelConfig, placement) -> Bui
         step.make_train_step(run, skeleton, updates, placement),
         (live, batch),
         tokens,
+        _fill(config, placement),
         3 * tokens * flops.forward_flops(config, request.seq / 2),
     )
+
+
+def _fill(config: model_config.ModelConfig, placement: placements.Placement) -> float:
+    """Share of the rows of experts' buffers that hold a token, if all experts get as many."""
+    mixtures = [layer.ffn for layer in config.layers if isinstance(layer.ffn, layers.MoeFfn)]
+    devices = math.prod(placement.shape.sizes[axis] for axis in placement.axes_of(Logical.EXPERTS))
+    if not mixtures or devices == 1:
+        return 1.0
+    chosen, here = mixtures[0].router.experts_per_token, mixtures[0].num_experts // devices
+    # As `admission.admit` sizes them.
+    shares = devices * min(chosen, here) / chosen
+    return 1 / max(1.0, min(shares, placement.experts.capacity.per_device or shares))
 
 
 def _placed(abstract, shardings):

@@ -1,5 +1,6 @@
 """Devices that exist only for the compiler: lower and compile for them, nothing runs."""
 
+import functools
 import os
 from typing import Any
 
@@ -57,7 +58,13 @@ def devices(target: str) -> list[Any]:
     """
     chip, topology = chips.parse(target)
     compilers.require(chip.platform)
-    return list(_tpu(chip, topology) if chip.platform == "tpu" else _gpu(chip, topology))
+    return list(_devices(chip, topology))
+
+
+@functools.cache
+def _devices(chip: chips.Chip, topology: str) -> tuple[Any, ...]:
+    """Asked for twice, the devices are the same: JAX puts no two topologies in one program."""
+    return tuple(_tpu(chip, topology) if chip.platform == "tpu" else _gpu(chip, topology))
 
 
 def _tpu(chip: chips.Chip, topology: str):
