@@ -15,11 +15,17 @@ from pallas_kernels import grouped_swiglu
 from sharding import Logical
 
 
-def expert_mixture(x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, group_offset):
+def expert_mixture(
+    x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, layer_idx=None
+):
     """sum_a weight_a * down_e(silu(gate_e(x)) * up_e(x)) over each token's experts, in float32.
 
-    With `group_offset`, the weights hold the experts of many layers and this layer's start there.
+    With `layer_idx` the weights have a dim of layers before E, of which this is one.
     """
+    group_offset = None
+    if layer_idx is not None:
+        group_offset = layer_idx * num_experts
+        gate_up_ED2F, down_EFD = (w.reshape(-1, *w.shape[2:]) for w in (gate_up_ED2F, down_EFD))
     F = down_EFD.shape[1]
     token_R, row_TA, sizes_E = dispatch.expert_order(choice.expert_TA, num_experts)
     gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
@@ -73,12 +79,12 @@ class MixtureOfExperts(nnx.Module):
         if context.placement is None:
             out_RD = expert_mixture(
                 x_RD, choice, self.gate_up[...], self.down[...],
-                self.spec.num_experts, context.group_offset,
+                self.spec.num_experts, context.layer_idx,
             )  # fmt: skip
         else:
             out_RD = placed.expert_mixture(
                 context.placement, x_BTD, choice, self.gate_up[...], self.down[...],
-                self.spec.num_experts,
+                self.spec.num_experts, context.layer_idx,
             ).reshape(B * T, D)  # fmt: skip
         real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
         real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """Softmax attention: grouped queries, partial rotary positions, optional norm of q and k."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,13 @@ class KeyValues:
         )
 
 
+_CACHE = (Logical.BATCH, None, Logical.KV_HEADS, None)
+
+
 class SoftmaxMixer(nnx.Module):
     """Owns the parameters of one softmax layer; its state is `KeyValues`."""
+
+    STATE_AXES: Any = KeyValues(_CACHE, _CACHE)  # type: ignore[arg-type]
 
     def __init__(self, init: Initialiser, spec: layers.SoftmaxAttention, dim: int, norm_eps: float):
         H, G, K = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -62,23 +68,34 @@ class SoftmaxMixer(nnx.Module):
             k_BTGK = rms_norm(k_BTGK, self.k_norm[...], self.norm_eps, num_dims=2)
         q_BTHK = rotate(q_BTHK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
         k_BTGK = rotate(k_BTGK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
-        if context.placement is not None:
-            out_BTHV = placed.softmax_attention(
-                context.placement, q_BTHK, k_BTGK, v_BTGV, context.segment_ids_BT
-            )
-        elif state is None:
-            segments = context.segment_ids_BT
+        segments = context.segment_ids_BT
+        if state is not None:
+            out_BTHV, state = self._extend(context, q_BTHK, k_BTGK, v_BTGV, state)
+        elif context.placement is not None:
+            out_BTHV = placed.softmax_attention(context.placement, q_BTHK, k_BTGK, v_BTGV, segments)
+        else:
             out_BTHV = softmax_attention(
                 q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
             )
-        else:
-            # Right-padded rows write rows past their length that causality hides and later
-            # tokens overwrite, so the cache needs no segments of its own.
-            state = state.write(k_BTGK, v_BTGV, context.lengths_B)
-            out_BTHV = softmax_attention(
-                q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=context.lengths_B
-            )
         return project(out_BTHV, self.out[...].astype(dtype), 2), state
+
+    def _extend(self, context: Context, q_BTHK, k_BTGK, v_BTGV, state: KeyValues):
+        """(out_BTHV, the cache with these tokens): each device reads the rows and heads it holds.
+
+        Right-padded rows write rows past their length that causality hides and later tokens
+        overwrite, so the cache needs no segments of its own.
+        """
+
+        def extend(q_BTHK, k_BTGK, v_BTGV, state, lengths_B):
+            state = state.write(k_BTGK, v_BTGV, lengths_B)
+            out_BTHV = softmax_attention(q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=lengths_B)
+            return out_BTHV, state
+
+        q = (Logical.BATCH, Logical.TIME, Logical.HEADS, None)
+        kv = (Logical.BATCH, Logical.TIME, Logical.KV_HEADS, None)
+        in_axes = (q, kv, kv, self.STATE_AXES, (Logical.BATCH,))
+        extend = placed.on_parts(context.placement, extend, in_axes, (q, self.STATE_AXES))
+        return extend(q_BTHK, k_BTGK, v_BTGV, state, context.lengths_B)
 
     @staticmethod
     def layer_data(spec: layers.SoftmaxAttention, layer_idx: int, num_layers: int):

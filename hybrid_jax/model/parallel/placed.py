@@ -5,10 +5,37 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from hybrid_jax.model.ffn.router import Choice
-from hybrid_jax.model.parallel import experts, lightning, softmax
+from hybrid_jax.model.parallel import experts, lightning, own_experts, softmax
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
 from sharding import Logical
+
+# Up to so many tokens of all devices of the expert axis, decoding gathers them instead of sending
+# each to its experts.
+GATHERED_TOKENS = 1024
+
+
+def on_parts(placement: Placement | None, local, in_axes: tuple, out_axes: tuple):
+    """`local` on each device's part of its arguments; `local` itself without a placement.
+
+    Args:
+      local: takes and returns trees of arrays, and needs nothing of other devices.
+      in_axes: for each argument what its dims mean, a tuple of `Logical` or None for a dim that is
+        whole, or a tree of such tuples; None for an argument that is None.
+      out_axes: the same for each result.
+    """
+    if placement is None:
+        return local
+
+    def specs(axes):
+        is_axes = lambda x: (
+            isinstance(x, tuple) and all(dim is None or isinstance(dim, Logical) for dim in x)
+        )
+        return jax.tree.map(lambda dims: placement.spec(*dims), axes, is_leaf=is_axes)
+
+    return jax.shard_map(
+        local, mesh=placement.mesh, in_specs=specs(in_axes), out_specs=specs(out_axes)
+    )
 
 
 def _run(placement: Placement, local, in_specs, out_specs, *arrays):
@@ -59,28 +86,61 @@ def softmax_attention(placement: Placement, q_BTHK, k_BTGK, v_BTGV, segment_ids_
 
 
 def expert_mixture(
-    placement: Placement, x_BTD, choice: Choice, gate_up_ED2F, down_EFD, num_experts: int
+    placement: Placement,
+    x_BTD,
+    choice: Choice,
+    gate_up_ED2F,
+    down_EFD,
+    num_experts: int,
+    layer_idx=None,
 ) -> jax.Array:
-    """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D]; `choice` is of the B * T tokens."""
-    axes = experts.ExpertAxes(
-        placement.axes_of(Logical.EXPERTS), placement.axes_of(Logical.FFN) or None
-    )
+    """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D]; `choice` is of the B * T tokens.
 
-    def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
+    With `layer_idx` (inference) the weights have a dim of layers before E, which stays whole. Then
+    tokens travel to their experts only where many lie on different devices of the expert axis.
+    """
+    expert = placement.axes_of(Logical.EXPERTS)
+    axes = experts.ExpertAxes(expert, placement.axes_of(Logical.FFN) or None)
+    differ = _tokens_differ(placement, expert)
+
+    def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD, layer_idx):
         x_TD, expert_TA, weight_TA = (
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
-        out_TD, _ = experts.expert_mixture(
-            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes
-        )
+        choice = Choice(expert_TA, weight_TA)
+        if layer_idx is None:
+            out_TD, _ = experts.expert_mixture(
+                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes
+            )
+            return out_TD.reshape(x_BTD.shape)
+        # Here, where a device's experts of all layers lie one after the other.
+        offset = layer_idx * gate_up_ED2F.shape[1]
+        gate_up_ED2F, down_EFD = (w.reshape(-1, *w.shape[2:]) for w in (gate_up_ED2F, down_EFD))
+        if differ and x_TD.shape[0] * jax.lax.axis_size(axes.expert) > GATHERED_TOKENS:
+            out_TD, _ = experts.expert_mixture(
+                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes, group_offset=offset
+            )
+        else:
+            out_TD = own_experts.expert_mixture(
+                *(x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes),
+                gather=differ,
+                group_offset=offset,
+            )
         return out_TD.reshape(x_BTD.shape)
 
     rows = placement.spec(*ROWS, None)
-    gate_up = placement.spec(Logical.EXPERTS, None, None, Logical.FFN)
-    down = placement.spec(Logical.EXPERTS, Logical.FFN, None)
+    layers = () if layer_idx is None else (None,)
+    gate_up = placement.spec(*layers, Logical.EXPERTS, None, None, Logical.FFN)
+    down = placement.spec(*layers, Logical.EXPERTS, Logical.FFN, None)
     choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
-    specs = (rows, rows, rows, gate_up, down)
-    return _run(placement, local, specs, rows, x_BTD, *choices, gate_up_ED2F, down_EFD)
+    specs = (rows, rows, rows, gate_up, down, None if layer_idx is None else placement.spec())
+    return _run(placement, local, specs, rows, x_BTD, *choices, gate_up_ED2F, down_EFD, layer_idx)
+
+
+def _tokens_differ(placement: Placement, axes: tuple[str, ...]) -> bool:
+    """Whether devices along these mesh axes hold different tokens."""
+    split = {axis for logical in ROWS for axis in placement.axes_of(logical)}
+    return any(axis in split and placement.shape.sizes[axis] > 1 for axis in axes)
 
 
 def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:
