@@ -1,7 +1,7 @@
 """What the compiled steps take, as shapes with shardings: to compile them for devices not here.
 
-    step = inference.make_prefill_step(config, placement)
-    step.lower(*shapes.prefill_arguments(config, 1, 8192, 1 << 20, placement)).compile()
+step = inference.make_prefill_step(config, placement)
+step.lower(*shapes.prefill_arguments(config, 1, 8192, 1 << 20, placement)).compile()
 """
 
 import jax

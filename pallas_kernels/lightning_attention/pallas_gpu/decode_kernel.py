@@ -43,9 +43,12 @@ def steps(
         row = lax.axis_index("row")
         _step_block(q, k, v, decay, state.at[row], new.at[row], out, *scratch)
 
-    run = _kernel(body, (out, new), v_BTHV.shape, q_BTHK.shape[-1], interpret)
-    inside_shard_map = varying.of_a_kernel(lambda *arrays: run(*map(varying.forget, arrays)))
-    return inside_shard_map(q_BTHK, k_BTHK, v_BTHV, jnp.exp(log_decay_H), state_BHKV)
+    @varying.of_a_kernel
+    def run(*arrays):
+        run = _kernel(body, (out, new), v_BTHV.shape, q_BTHK.shape[-1], interpret)
+        return run(*map(varying.forget, arrays))
+
+    return run(q_BTHK, k_BTHK, v_BTHV, jnp.exp(log_decay_H), state_BHKV)
 
 
 def step_slots(
