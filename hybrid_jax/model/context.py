@@ -20,7 +20,8 @@ class Context:
     lengths_B: jax.Array | None = None
     """int32, tokens already in the decode state; None without a state."""
     layer_idx: jax.Array | None = None
-    """int32 scalar: place of this layer where the experts of many layers come as one stack."""
+    """int32 scalar: place of this layer where experts or caches of many layers come as one stack;
+    None without a state."""
     placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
     """How everything is split over devices; None on one device."""
 

@@ -156,11 +156,15 @@ def _decode_body(run: LayerModule, params, context: Context):
         if context.placement is not None:
             x_BTD = context.placement.constrain(x_BTD, *ROWS, None)
         own = jax.tree_util.tree_map_with_path(lambda path, leaf: pick(path, leaf, idx), params)
+        here = dataclasses.replace(context, layer_idx=idx)
+        layer = nnx.merge(graphdef, own)
+        if layer.mixer.whole_state:
+            x_BTD, memory, routing = layer(x_BTD, here, layer_data, memory)
+            return (x_BTD, memory), routing
         state = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, idx, keepdims=False), memory
         )
-        here = dataclasses.replace(context, layer_idx=idx) if whole_stack else context
-        x_BTD, state, routing = nnx.merge(graphdef, own)(x_BTD, here, layer_data, state)
+        x_BTD, state, routing = layer(x_BTD, here, layer_data, state)
         memory = jax.tree.map(
             lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, idx, 0), memory, state
         )

@@ -31,6 +31,7 @@ def _queries_keys_values(x_BTD, qkv_DHCK):
 class LightningMixer(nnx.Module):
     """Owns the parameters of one lightning layer; its state is [B, H, K, V] float32."""
 
+    whole_state = False
     STATE_AXES = (Logical.BATCH, Logical.HEADS, None, None)
 
     def __init__(

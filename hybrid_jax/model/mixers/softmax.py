@@ -1,6 +1,7 @@
 """Softmax attention: grouped queries, partial rotary positions, optional norm of q and k."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,26 +22,53 @@ from sharding import Logical
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """The cache of one layer: rotated keys and values, valid up to the length of each row."""
+    """Rotated keys and values, valid up to the length of each row: of one layer, or of all."""
 
     k_BSGK: jax.Array
     v_BSGV: jax.Array
 
-    def write(self, k_BTGK, v_BTGV, lengths_B) -> "KeyValues":
-        """Put T new rows at each row's length; the caller makes sure that they fit."""
-        put = jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (at, 0, 0)))
+    def write(self, k_BTGK, v_BTGV, lengths_B, layer_idx) -> "KeyValues":
+        """Of the caches of all layers, put T new rows into one, at each row's length.
+
+        In place where the caches are given up. The caller makes sure that the rows fit.
+        """
+        B = lengths_B.shape[0]
+        places_B3 = jnp.stack(
+            [jnp.full((B,), layer_idx), jnp.arange(B, dtype=jnp.int32), lengths_B], axis=1
+        )
+        put = functools.partial(
+            jax.lax.scatter,
+            dimension_numbers=_ROWS_OF_A_LAYER,
+            indices_are_sorted=True,
+            unique_indices=True,
+            mode=jax.lax.GatherScatterMode.CLIP,
+        )
         return KeyValues(
-            put(self.k_BSGK, k_BTGK.astype(self.k_BSGK.dtype), lengths_B),
-            put(self.v_BSGV, v_BTGV.astype(self.v_BSGV.dtype), lengths_B),
+            put(self.k_BSGK, places_B3, k_BTGK.astype(self.k_BSGK.dtype)),
+            put(self.v_BSGV, places_B3, v_BTGV.astype(self.v_BSGV.dtype)),
+        )
+
+    def layer(self, layer_idx) -> "KeyValues":
+        """The cache of one layer."""
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, layer_idx, keepdims=False), self
         )
 
 
+# [T, G, K] of a row go to [layer, row, its length:, :, :].
+_ROWS_OF_A_LAYER = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),
+    inserted_window_dims=(0, 1),
+    scatter_dims_to_operand_dims=(0, 1, 2),
+)
 _CACHE = (Logical.BATCH, None, Logical.KV_HEADS, None)
 
 
 class SoftmaxMixer(nnx.Module):
     """Owns the parameters of one softmax layer; its state is `KeyValues`."""
 
+    # Decoding takes the caches of all layers: cut out, one would be copied to and fro.
+    whole_state = True
     STATE_AXES: Any = KeyValues(_CACHE, _CACHE)  # type: ignore[arg-type]
 
     def __init__(self, init: Initialiser, spec: layers.SoftmaxAttention, dim: int, norm_eps: float):
@@ -86,16 +114,17 @@ class SoftmaxMixer(nnx.Module):
         overwrite, so the cache needs no segments of its own.
         """
 
-        def extend(q_BTHK, k_BTGK, v_BTGV, state, lengths_B):
-            state = state.write(k_BTGK, v_BTGV, lengths_B)
-            out_BTHV = softmax_attention(q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=lengths_B)
-            return out_BTHV, state
+        def extend(q_BTHK, k_BTGK, v_BTGV, state, lengths_B, layer_idx):
+            state = state.write(k_BTGK, v_BTGV, lengths_B, layer_idx)
+            own = state.layer(layer_idx)
+            return softmax_attention(q_BTHK, own.k_BSGK, own.v_BSGV, q_offset=lengths_B), state
 
         q = (Logical.BATCH, Logical.TIME, Logical.HEADS, None)
         kv = (Logical.BATCH, Logical.TIME, Logical.KV_HEADS, None)
-        in_axes = (q, kv, kv, self.STATE_AXES, (Logical.BATCH,))
-        extend = placed.on_parts(context.placement, extend, in_axes, (q, self.STATE_AXES))
-        return extend(q_BTHK, k_BTGK, v_BTGV, state, context.lengths_B)
+        caches = KeyValues((None, *_CACHE), (None, *_CACHE))  # type: ignore[arg-type]
+        in_axes = (q, kv, kv, caches, (Logical.BATCH,), ())
+        extend = placed.on_parts(context.placement, extend, in_axes, (q, caches))
+        return extend(q_BTHK, k_BTGK, v_BTGV, state, context.lengths_B, context.layer_idx)
 
     @staticmethod
     def layer_data(spec: layers.SoftmaxAttention, layer_idx: int, num_layers: int):
