@@ -11,7 +11,7 @@ from hybrid_jax.model.ffn.dense import swiglu
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
-from pallas_kernels import grouped_swiglu
+from pallas_kernels import grouped_swiglu, grouped_swiglu_of_layer
 from sharding import Logical
 
 
@@ -22,16 +22,14 @@ def expert_mixture(
 
     With `layer_idx` the weights have a dim of layers before E, of which this is one.
     """
-    group_offset = None
-    if layer_idx is not None:
-        group_offset = layer_idx * num_experts
-        gate_up_ED2F, down_EFD = (w.reshape(-1, *w.shape[2:]) for w in (gate_up_ED2F, down_EFD))
-    F = down_EFD.shape[1]
     token_R, row_TA, sizes_E = dispatch.expert_order(choice.expert_TA, num_experts)
-    gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
-    down = down_EFD.astype(x_TD.dtype)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    y_RD = grouped_swiglu(x_RD, gate_up, down, sizes_E, group_offset=group_offset)
+    if layer_idx is not None:
+        y_RD = grouped_swiglu_of_layer(x_RD, gate_up_ED2F, down_EFD, sizes_E, layer_idx)
+    else:
+        F = down_EFD.shape[1]
+        gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
+        y_RD = grouped_swiglu(x_RD, gate_up, down_EFD.astype(x_TD.dtype), sizes_E)
     return dispatch.combine(y_RD, choice.weight_TA, token_R, row_TA)
 
 

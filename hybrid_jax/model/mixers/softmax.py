@@ -1,7 +1,6 @@
 """Softmax attention: grouped queries, partial rotary positions, optional norm of q and k."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -36,31 +35,45 @@ class KeyValues:
         places_B3 = jnp.stack(
             [jnp.full((B,), layer_idx), jnp.arange(B, dtype=jnp.int32), lengths_B], axis=1
         )
-        put = functools.partial(
-            jax.lax.scatter,
-            dimension_numbers=_ROWS_OF_A_LAYER,
-            indices_are_sorted=True,
-            unique_indices=True,
-            mode=jax.lax.GatherScatterMode.CLIP,
-        )
-        return KeyValues(
-            put(self.k_BSGK, places_B3, k_BTGK.astype(self.k_BSGK.dtype)),
-            put(self.v_BSGV, places_B3, v_BTGV.astype(self.v_BSGV.dtype)),
-        )
+
+        def put(cache_LBSGK, new_BTGK):
+            # [T, ...] of a row go to [layer, row, its length:, ...].
+            cache, new = _without_one_head(cache_LBSGK), _without_one_head(new_BTGK)
+            dims = jax.lax.ScatterDimensionNumbers(
+                update_window_dims=tuple(range(1, new.ndim)),
+                inserted_window_dims=(0, 1),
+                scatter_dims_to_operand_dims=(0, 1, 2),
+            )
+            written = jax.lax.scatter(
+                *(cache, places_B3, new.astype(cache.dtype), dims),
+                indices_are_sorted=True,
+                unique_indices=True,
+                mode=jax.lax.GatherScatterMode.CLIP,
+            )
+            return written.reshape(cache_LBSGK.shape)
+
+        return KeyValues(put(self.k_BSGK, k_BTGK), put(self.v_BSGV, v_BTGV))
 
     def layer(self, layer_idx) -> "KeyValues":
-        """The cache of one layer."""
-        return jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, layer_idx, keepdims=False), self
-        )
+        """Of the caches of all layers, that of one."""
+
+        def one(cache_LBSGK):
+            cache = _without_one_head(cache_LBSGK)
+            cache = jax.lax.dynamic_index_in_dim(cache, layer_idx, keepdims=False)
+            return cache.reshape(cache_LBSGK.shape[1:])
+
+        return jax.tree.map(one, self)
 
 
-# [T, G, K] of a row go to [layer, row, its length:, :, :].
-_ROWS_OF_A_LAYER = jax.lax.ScatterDimensionNumbers(
-    update_window_dims=(1, 2, 3),
-    inserted_window_dims=(0, 1),
-    scatter_dims_to_operand_dims=(0, 1, 2),
-)
+def _without_one_head(x):
+    """[..., G, K] without the dim of heads if there is but one.
+
+    On TPUs writing and reading would else want two layouts of such a dim, and each token a copy of
+    all caches from one to the other.
+    """
+    return jnp.squeeze(x, axis=-2) if x.shape[-2] == 1 else x
+
+
 _CACHE = (Logical.BATCH, None, Logical.KV_HEADS, None)
 
 

@@ -12,30 +12,30 @@ from jax import lax
 from hybrid_jax.model.ffn import dispatch
 from hybrid_jax.model.ffn.router import Choice
 from hybrid_jax.model.parallel.admission import ExpertAxes
-from pallas_kernels import grouped_swiglu, varying
+from pallas_kernels import grouped_swiglu_of_layer, varying
 
 
 def expert_mixture(
     x_TD,
     choice: Choice,
-    gate_up_ED2F,
-    down_EFD,
+    gate_up_LED2F,
+    down_LEFD,
+    layer_idx,
     num_experts: int,
     axes: ExpertAxes,
     *,
     gather: bool,
-    group_offset=None,
 ) -> jax.Array:
     """This device's part of `ffn.moe.expert_mixture`, inside `jax.shard_map`: out_TD in float32.
 
     Args:
       x_TD: tokens; the same on all devices of `axes.expert`, unless `gather` is set.
       choice: of these tokens, among all experts.
-      gate_up_ED2F: this device's experts, and with `axes.tensor` its part of F.
-      down_EFD: as gate_up.
+      gate_up_LED2F: this device's experts in all layers, and with `axes.tensor` its part of F.
+      down_LEFD: as gate_up.
+      layer_idx: which of the layers.
       gather: devices of `axes.expert` hold different tokens, as many each: all are gathered first,
         and each device gets the results of its own. Costs x and out of all tokens once.
-      group_offset: where this layer's experts of this device start, if the stacks hold more.
 
     Raises:
       ValueError: the experts do not divide over the devices.
@@ -56,14 +56,9 @@ def expert_mixture(
     # J is no expert: such rows come last, are multiplied by nothing and give zeros.
     own_TA = jnp.where((own_TA >= 0) & (own_TA < J), own_TA, J)
     token_R, row_TA, sizes_E = dispatch.expert_order(own_TA, J)
-    x_TD, weight_TA, gate_up_ED2F, down_EFD = varying.alike(x_TD, weight_TA, gate_up_ED2F, down_EFD)
-    y_RD = grouped_swiglu(
-        dispatch.to_rows(x_TD, token_R, row_TA),
-        gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], -1),
-        down_EFD.astype(x_TD.dtype),
-        sizes_E,
-        group_offset=group_offset,
-    )
+    x_TD, weight_TA, gate_up_LED2F = varying.alike(x_TD, weight_TA, gate_up_LED2F)
+    x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
+    y_RD = grouped_swiglu_of_layer(x_RD, gate_up_LED2F, down_LEFD, sizes_E, layer_idx)
     out_TD = dispatch.combine(y_RD, weight_TA, token_R, row_TA)
     if gather:
         out_TD = lax.psum_scatter(out_TD, axes.expert, tiled=True)

@@ -11,7 +11,8 @@ from pallas_kernels import varying
 from sharding import Logical
 
 # Up to so many tokens of all devices of the expert axis, decoding gathers them instead of sending
-# each to its experts.
+# each to its experts. For a layer of M2 on 8 GPUs and 64 tokens that is two collectives of 0.4 and
+# 0.9 MB, not three with buffers of 4 and 7 MB; for 1024 tokens 7 and 14 MB, not 63 and 107.
 GATHERED_TOKENS = 1024
 
 
@@ -113,18 +114,19 @@ def expert_mixture(
                 x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes
             )
             return out_TD.reshape(x_BTD.shape)
-        # Here, where a device's experts of all layers lie one after the other.
-        offset = layer_idx * gate_up_ED2F.shape[1]
-        gate_up_ED2F, down_EFD = (w.reshape(-1, *w.shape[2:]) for w in (gate_up_ED2F, down_EFD))
         if differ and x_TD.shape[0] * jax.lax.axis_size(axes.expert) > GATHERED_TOKENS:
+            # All experts have rows then: one layer cut out is no loss.
+            gate_up_ED2F, down_EFD = (
+                jax.lax.dynamic_index_in_dim(w, layer_idx, keepdims=False)
+                for w in (gate_up_ED2F, down_EFD)
+            )
             out_TD, _ = experts.expert_mixture(
-                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes, group_offset=offset
+                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes
             )
         else:
             out_TD = own_experts.expert_mixture(
-                *(x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes),
+                *(x_TD, choice, gate_up_ED2F, down_EFD, layer_idx, num_experts, axes),
                 gather=differ,
-                group_offset=offset,
             )
         return out_TD.reshape(x_BTD.shape)
 
