@@ -36,17 +36,22 @@ class Rules:
     ) -> PartitionSpec:
         """Where each dim of a parameter lives.
 
+        Axes that split heads, words or widths at rest only are left out where they do not divide.
         ValueError if a mesh axis would split two of its dims, or a dim does not divide.
         """
-        return _spec(self._table(axes), axes, shape, mesh, name)
+        table = dict(self._table(axes))
+        for logical, size in zip(axes, shape, strict=True):
+            if logical is not Logical.MODEL and logical in table:
+                table[logical] = self._dividing(logical, table[logical], size, mesh)
+        return _spec(table, axes, shape, mesh, name)
 
     def used_parameter(
         self, axes: Sequence[Logical], shape: Sequence[int], mesh: MeshShape, name: str
     ) -> PartitionSpec:
         """Where each dim lives while a layer computes with it."""
-        table: Table = dict(self._table(axes))
-        # The residual stream is whole: what splits it at rest is storage alone.
-        table.pop(Logical.MODEL, None)
+        # What does not split the work splits a parameter at rest alone; the residual stream is
+        # whole in both tables.
+        table = {logical: self.activations.get(logical, ()) for logical in self._table(axes)}
         return _spec(table, axes, shape, mesh, name)
 
     def activation(
@@ -54,6 +59,15 @@ class Rules:
     ) -> PartitionSpec:
         """Where each dim of an activation lives; None is a dim that is never split."""
         return _spec(self.activations, axes, shape, mesh, name)
+
+    def _dividing(
+        self, logical: Logical, split: tuple[str, ...], size: int, mesh: MeshShape
+    ) -> tuple[str, ...]:
+        """`split` without the last of the axes that are for storage, until the dim divides."""
+        least = len(self.activations.get(logical, ()))
+        while len(split) > least and size % math.prod(mesh.sizes[axis] for axis in split):
+            split = split[:-1]
+        return split
 
     def _table(self, axes: Sequence[Logical]) -> Table:
         return self.experts if Logical.EXPERTS in axes and Logical.FFN in axes else self.parameters
@@ -92,6 +106,11 @@ _L = Logical
 _ACTIVATIONS: Table = {_L.BATCH: ("data", "fsdp", "expert"), _L.EXPERTS: ("expert",)}
 _WIDTHS: Table = {_L.HEADS: ("tensor",), _L.KV_HEADS: ("tensor",), _L.FFN: ("tensor",)}
 _TENSOR: Table = {_L.VOCAB: ("tensor",), **_WIDTHS}
+# At rest over the experts' devices too. Not the residual stream: of 6144 in 512 parts a TPU gathers
+# less than a tile of each, and does it as the sum of 512 arrays that are whole and mostly zero.
+_SPREAD: Table = _TENSOR | {
+    logical: ("tensor", "expert") for logical in (_L.HEADS, _L.FFN, _L.VOCAB)
+}
 _EXPERT: Table = {_L.EXPERTS: ("expert",), _L.FFN: ("tensor",)}
 
 _ALL = (
@@ -112,14 +131,14 @@ _ALL = (
     Rules(
         "expert",
         "fsdp_tensor, with experts over expert: tokens travel to them",
-        parameters={_L.MODEL: ("fsdp", "expert"), **_TENSOR},
+        parameters={_L.MODEL: ("fsdp",), **_SPREAD},
         experts={_L.MODEL: ("fsdp",), **_EXPERT},
         activations={**_ACTIVATIONS, **_TENSOR},
     ),
     Rules(
         "long_context",
         "expert, with every row split over sequence, and parameters too",
-        parameters={_L.MODEL: ("fsdp", "expert", "sequence"), **_TENSOR},
+        parameters={_L.MODEL: ("fsdp", "sequence"), **_SPREAD},
         experts={_L.MODEL: ("fsdp", "sequence"), **_EXPERT},
         activations={_L.TIME: ("sequence",), **_ACTIVATIONS, **_TENSOR},
     ),

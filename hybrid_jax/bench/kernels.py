@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from hybrid_jax.bench.schedule import schedule_of
 from hybrid_jax.targets.chips import Chip, parse
+from hybrid_jax.targets.schedule import schedule_of
 
 # The reference shape: MiniMax-Text-01's heads, one row of 128k tokens.
 BATCH, LENGTH, HEADS, HEAD_DIM = 1, 131_072, 64, 128

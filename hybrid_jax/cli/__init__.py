@@ -18,6 +18,7 @@ _COMMANDS = {
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
     "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
     "shard": "Say where every parameter would live on a mesh of devices.",
+    "plan": "Compile a step for a pod that is not here: does it fit, how fast will it be?",
     "presets": "List the presets, or print one in full.",
 }
 

@@ -7,7 +7,7 @@ import itertools
 from hybrid_jax.config import layers as layers_lib
 
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "save_dots")
+REMAT_POLICIES = ("none", "full", "save_dots", "save_mixer", "save_collectives")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,10 @@ class ModelConfig:
     dtypes: Dtypes = Dtypes()
     """Precision of parameters and of computation."""
     remat: str = "none"
-    """What the backward pass recomputes: none, full (whole layers), save_dots (all but matmuls)."""
+    """What the backward pass recomputes of a layer: none; full (all, from its input); save_dots
+    (all but products with weights, those of experts excepted); save_mixer (all but what its mixer
+    gives: no attention runs twice); save_collectives (as save_mixer, and no rows go to experts
+    twice). What each costs stands in `hybrid_jax.model.remat`."""
     scan_layers: bool = True
     """Compile equal layers once, as a loop; else one by one: faster on a CPU, longer to compile."""
 

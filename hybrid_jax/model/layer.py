@@ -1,8 +1,10 @@
 """One layer: norm, mixer, residual, norm, feed-forward, residual."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.config import layers
+from hybrid_jax.model import remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.ffn.table import FFNS
 from hybrid_jax.model.mixers.table import MIXERS
@@ -25,6 +27,7 @@ class LayerModule(nnx.Module):
         residual = self.spec.residual
         h_BTD = self.mixer_norm(x_BTD)
         mixed_BTD, state = self.mixer(h_BTD, context, layer_data, state)
+        mixed_BTD = checkpoint_name(mixed_BTD, remat.MIXED)
         kept_BTD = h_BTD if residual.source == "normed" else x_BTD
         x_BTD = residual.mixer_alpha * kept_BTD + residual.mixer_beta * mixed_BTD
         h_BTD = self.ffn_norm(x_BTD)

@@ -12,12 +12,17 @@ def project(x, w, num_in: int = 1):
     The gradient of w is written as x^T dy. JAX derives (dy^T x)^T, which on a CPU runs at half the
     speed (measured with 4096 tokens, 256 to 768 dims, float32: 92 against 182 GFLOP/s).
     """
+    return _product(x, w, num_in)
+
+
+def _product(x, w, num_in):
     contracted = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
     return jax.lax.dot_general(x, w, (contracted, ((), ())))
 
 
 def _forward(x, w, num_in):
-    return project(x, w, num_in), (x, w)
+    # Not `project`: a rematerialisation policy would see that, and not the matrix product in it.
+    return _product(x, w, num_in), (x, w)
 
 
 def _backward(num_in, residuals, dy):

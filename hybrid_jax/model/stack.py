@@ -13,17 +13,12 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.config.model import ModelConfig
+from hybrid_jax.model import remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.layer import LayerModule
 from hybrid_jax.model.mixers.table import MIXERS
 from hybrid_jax.model.parallel.placement import ROWS
 from hybrid_jax.model.params import Initialiser
-
-# What the backward pass may keep of a layer; everything else it computes again.
-_KEEP = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Stack(nnx.Module):
@@ -113,7 +108,7 @@ class Stack(nnx.Module):
 
         if self.config.remat == "none":
             return body
-        return jax.checkpoint(body, policy=_KEEP[self.config.remat], prevent_cse=False)
+        return jax.checkpoint(body, policy=remat.KEEP[self.config.remat], prevent_cse=False)
 
     def _layer_data(self):
         """For each run what differs from layer to layer, [repeats, count, ...] or None."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hybrid_jax.config import training as config_lib
 from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.targets.options import compiler_options
 from hybrid_jax.training import balance
 from hybrid_jax.training.loss import cross_entropy
 from hybrid_jax.training.optimizer import Optimizer
@@ -45,8 +46,13 @@ def make_train_step(
         metrics |= {"learning_rate": optimizer.learning_rate(state.step), "gradient_norm": norm}
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
     return jax.jit(
-        train_step, donate_argnums=0, out_shardings=None if live is None else (live, None)
+        train_step,
+        donate_argnums=0,
+        out_shardings=(live, None),
+        compiler_options=compiler_options(placement.mesh.devices.flat[0]),
     )
 
 
@@ -97,6 +103,12 @@ def _loss(
         total = total + balanced + config.loss.router_z_loss * router_z
         metrics |= {"balance_loss": balanced, "router_z": router_z}
         metrics["expert_hits"] = routing.hits_E
+        if (load := routing.load) is not None:
+            metrics |= {
+                "expert_dropped": jnp.sum(load.dropped_E),
+                "expert_rows_max": load.rows_max,
+                "expert_rows_mean": load.rows_mean,
+            }
     return total, metrics
 
 
@@ -123,12 +135,21 @@ def _accumulated(loss, params: Named, batch: Batch, rounds: int) -> tuple[Named,
 
 
 def _finish(metrics: Metrics) -> Metrics:
-    """Loads of the experts as the extremes over layers, relative to an even load."""
+    """Loads of the experts as the extremes over layers, relative to an even load.
+
+    With a placement also that of the busiest device, relative to the mean: a layer takes so many
+    times longer than an even one. Of several rounds the sums count, for they come one after the
+    other.
+    """
     hits_LE = metrics.pop("expert_hits", None)
     if hits_LE is None:
         return metrics
     load_LE = hits_LE / jnp.maximum(jnp.mean(hits_LE, axis=-1, keepdims=True), 1e-9)
-    return metrics | {
-        "expert_load_max": jnp.max(load_LE),
-        "expert_load_min": jnp.min(load_LE),
-    }
+    metrics |= {"expert_load_max": jnp.max(load_LE), "expert_load_min": jnp.min(load_LE)}
+    if "expert_dropped" in metrics:
+        dropped, mean_L = metrics.pop("expert_dropped"), metrics.pop("expert_rows_mean")
+        metrics |= {
+            "expert_dropped_fraction": dropped / jnp.maximum(jnp.sum(hits_LE), 1.0),
+            "expert_rows_max": jnp.max(metrics["expert_rows_max"] / jnp.maximum(mean_L, 1e-9)),
+        }
+    return metrics

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import dispatch, target, varying
 from pallas_kernels.softmax_attention import checks, cudnn, reference, splash, xla
@@ -14,6 +15,9 @@ from pallas_kernels.softmax_attention import checks, cudnn, reference, splash, x
 # these and the cotangent after the arrays.
 MODULES: dict[str, ModuleType] = {"splash": splash, "cudnn": cudnn, "xla": xla}
 AUTOMATIC = ("splash", "cudnn", "xla")
+SOFTMAX_RESULTS = "softmax_attention_results"
+"""The name of the output and its logsumexp for `jax.checkpoint`: where a policy keeps them, the
+gradient does not run the forward again."""
 WHY_NOT = {"splash": splash.why_not, "cudnn": cudnn.why_not}
 
 
@@ -98,7 +102,8 @@ def _attention(plan: dispatch.Plan, *arrays):
 
 def _forward(plan, q_BTHK, *others):
     q_BTHK = target.announce(plan.notes, q_BTHK)
-    out_BTHV, logsumexp_BTH = by_target(plan, "forward", q_BTHK, *others)
+    results = by_target(plan, "forward", q_BTHK, *others)
+    out_BTHV, logsumexp_BTH = (checkpoint_name(x, SOFTMAX_RESULTS) for x in results)
     return out_BTHV, (q_BTHK, *others, out_BTHV, logsumexp_BTH)
 
 

@@ -95,7 +95,14 @@ def test_every_parameter_has_a_gradient_but_the_selection_bias():
 
 
 @pytest.mark.parametrize(
-    "change", [{"remat": "full"}, {"remat": "save_dots"}, {"scan_layers": False}]
+    "change",
+    [
+        {"remat": "save_dots"},
+        {"remat": "save_collectives"},
+        {"scan_layers": False},
+        pytest.param({"remat": "full"}, marks=pytest.mark.nightly),
+        pytest.param({"remat": "save_mixer"}, marks=pytest.mark.nightly),
+    ],
 )
 def test_how_a_program_is_compiled_changes_no_gradient(change):
     # One repeat compiles in half the time.

@@ -116,12 +116,23 @@ def documented_ragged_all_to_all(
     return output
 
 
+def garbage(shape, dtype):
+    """What may lie in memory that nothing has been written to."""
+    wrong = jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
+    return jnp.full(shape, wrong, dtype)
+
+
 @pytest.mark.parametrize("degree", [2, 4])
-def test_the_native_collective_is_asked_for_the_same_rows(degree, monkeypatch):
+@pytest.mark.parametrize(
+    "name, dtype", [("_ragged_all_to_all", np.float32), ("_ragged_words_to_all", jnp.bfloat16)]
+)
+def test_the_native_collective_is_asked_for_the_same_rows(degree, name, dtype, monkeypatch):
     x, counts, kept = inputs(degree)
-    twin = jax.jit(on_devices(degree, there_and_back))(x.reshape(-1, D), counts, kept)
+    x = x.reshape(-1, D).astype(dtype)
+    twin = jax.jit(on_devices(degree, there_and_back))(x, counts, kept)
     monkeypatch.setattr(lax, "ragged_all_to_all", documented_ragged_all_to_all)
-    native = functools.partial(there_and_back, function=exchange._ragged_all_to_all)
+    monkeypatch.setattr(lax, "empty", garbage)
+    native = functools.partial(there_and_back, function=getattr(exchange, name))
     ours = jax.jit(
         jax.shard_map(
             native,
@@ -130,7 +141,7 @@ def test_the_native_collective_is_asked_for_the_same_rows(degree, monkeypatch):
             out_specs=SPLIT,
             check_vma=False,
         )
-    )(x.reshape(-1, D), counts, kept)
+    )(x, counts, kept)
     for left, right in zip(ours, twin, strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -157,13 +168,16 @@ def test_what_does_not_divide_or_fit_is_said():
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100:8", "b200:8"])
-def test_programs_for_chips_hold_the_native_collective(target):
+def test_programs_for_chips_hold_the_native_collective(target, told):
     devices = aot.devices(target)
+    platform = devices[0].platform if told else None
 
     def both(x, counts, dout):
         def there(x):
-            return exchange.exchange_rows(x, exchange.expert_routes(counts), 2048, "expert")
+            routes = exchange.expert_routes(counts)
+            return exchange.exchange_rows(x, routes, 2048, "expert", platform=platform)
 
         out, pull = jax.vjp(there, x)
         return out, pull(dout)

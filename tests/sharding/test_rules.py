@@ -19,7 +19,7 @@ def _parameter(name, axes, shape, **sizes):
 def test_dims_go_where_the_table_says():
     qkv = (_L.LAYERS, _L.MODEL, _L.HEADS, _L.PARTS, _L.HEAD_DIM), (7, 16, 8, 3, 4)
     sizes = {"fsdp": 2, "expert": 4, "tensor": 2}
-    expected = PartitionSpec(None, ("fsdp", "expert"), "tensor")
+    expected = PartitionSpec(None, "fsdp", ("tensor", "expert"))
     assert _parameter("expert", *qkv, **sizes) == expected
     assert _parameter("fsdp", *qkv, **sizes) == PartitionSpec(None, "fsdp")
     assert _parameter("serve", *qkv, **sizes) == PartitionSpec(None, None, "tensor")
@@ -34,7 +34,15 @@ def test_experts_are_split_otherwise_than_the_rest():
         "expert", "fsdp", None, "tensor"
     )
     # The router sees all experts from everywhere.
-    assert _parameter("expert", *router, **sizes) == PartitionSpec(("fsdp", "expert"))
+    assert _parameter("expert", *router, **sizes) == PartitionSpec("fsdp")
+
+
+def test_storage_alone_gives_way_where_a_dim_does_not_divide():
+    axes, shape = (_L.MODEL, _L.HEADS), (16, 6)
+    sizes = {"tensor": 2, "expert": 4}
+    assert _parameter("expert", axes, shape, **sizes) == PartitionSpec(None, "tensor")
+    used = rules.get("expert").used_parameter(axes, (16, 8), MeshShape(**sizes), "w")
+    assert used == PartitionSpec(None, "tensor"), "at work, experts' devices have all heads"
 
 
 def test_activations_have_a_table_of_their_own():
@@ -48,8 +56,8 @@ def test_what_does_not_divide_is_told_with_its_numbers():
     message = "w: its dim heads of 6 does not divide by tensor=4. Its shape is"
     with pytest.raises(ValueError, match=message):
         _parameter("expert", (_L.MODEL, _L.HEADS), (16, 6), tensor=4)
-    with pytest.raises(ValueError, match="of 6 does not divide by fsdp=2 x expert=2 = 4"):
-        _parameter("expert", (_L.MODEL,), (6,), fsdp=2, expert=2)
+    with pytest.raises(ValueError, match="of 6 does not divide by fsdp=2 x sequence=2 = 4"):
+        _parameter("long_context", (_L.MODEL,), (6,), fsdp=2, sequence=2)
 
 
 def test_one_axis_cannot_split_two_dims():

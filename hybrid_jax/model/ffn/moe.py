@@ -71,28 +71,35 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x_BTD, context: Context):
         B, T, D = x_BTD.shape
-        x_RD = x_BTD.reshape(B * T, D)
-        logits_RE = project(x_RD.astype(jnp.float32), self.router[...])
-        choice = self._choose(logits_RE)
-        if context.placement is None:
-            out_RD = expert_mixture(
-                x_RD, choice, self.gate_up[...], self.down[...],
-                self.spec.num_experts, context.layer_idx,
-            )  # fmt: skip
-        else:
-            out_RD = placed.expert_mixture(
-                context.placement, x_BTD, choice, self.gate_up[...], self.down[...],
-                self.spec.num_experts, context.layer_idx,
-            ).reshape(B * T, D)  # fmt: skip
+        logits_BTE = project(x_BTD.astype(jnp.float32), self.router[...])
+        choice = self._choose(logits_BTE)
         real_BT = 1 if context.segment_ids_BT is None else context.segment_ids_BT != 0
-        real_R = jnp.broadcast_to(real_BT, (B, T)).reshape(B * T).astype(jnp.float32)
-        routing = router.statistics(logits_RE, choice.expert_TA, real_R)
-        out_BTD = out_RD.reshape(B, T, D)
+        real_BT = jnp.broadcast_to(real_BT, (B, T)).astype(jnp.float32)
+        load = None
+        if context.placement is None:
+            choice_RA = router.Choice(*(array.reshape(B * T, -1) for array in choice))
+            out_BTD = expert_mixture(
+                x_BTD.reshape(B * T, D), choice_RA, self.gate_up[...], self.down[...],
+                self.spec.num_experts, context.layer_idx,
+            ).reshape(B, T, D)  # fmt: skip
+        else:
+            # Padding takes no place from tokens, and does not travel.
+            expert_BTA = jnp.where(real_BT[..., None] > 0, choice.expert_TA, self.spec.num_experts)
+            arrays = x_BTD, choice._replace(expert_TA=expert_BTA), self.gate_up[...], self.down[...]
+            if context.layer_idx is None:
+                out_BTD, load = placed.expert_mixture(
+                    context.placement, *arrays, self.spec.num_experts
+                )
+            else:
+                out_BTD = placed.stacked_expert_mixture(
+                    context.placement, *arrays, context.layer_idx, self.spec.num_experts
+                )
+        routing = router.statistics(logits_BTE, choice.expert_TA, real_BT, load)
         if self.spec.shared is not None:
             out_BTD = self.shared(x_BTD, out_BTD)
         return out_BTD.astype(x_BTD.dtype), routing
 
-    def _choose(self, logits_RE) -> router.Choice:
+    def _choose(self, logits_BTE) -> router.Choice:
         if isinstance(self.spec.router, layers.SigmoidTopK):
-            return router.choose_sigmoid(logits_RE, self.correction_bias[...], self.spec.router)
-        return router.choose_softmax(logits_RE, self.spec.router)
+            return router.choose_sigmoid(logits_BTE, self.correction_bias[...], self.spec.router)
+        return router.choose_softmax(logits_BTE, self.spec.router)

@@ -10,12 +10,25 @@ from hybrid_jax.config import layers
 
 
 class Choice(NamedTuple):
-    """Where each token goes and how much each visit counts."""
+    """Where each token goes and how much each visit counts; T are one or more dims of tokens."""
 
     expert_TA: jax.Array
     """int32 index of each chosen expert."""
     weight_TA: jax.Array
     """float32, sums to one over A."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What experts on many devices took and left, all devices together."""
+
+    dropped_E: jax.Array
+    """float32: how many of the real tokens' choices found no place, by expert."""
+    rows_max: jax.Array
+    """float32 scalar: rows that came to the busiest device, for which all others wait."""
+    rows_mean: jax.Array
+    """float32 scalar: rows that came to a device on average."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,35 +44,42 @@ class Routing:
     """float32 scalar: sum of the squared log-sum-exp of the logits (router z-loss)."""
     tokens: jax.Array
     """float32 scalar: real tokens that were routed."""
+    load: Load | None = None
+    """With a placement: choices count as hits whether or not they found a place."""
 
 
-def choose_softmax(logits_TE, spec: layers.SoftmaxTopK) -> Choice:
+# X are the dims of tokens, one or more. Of rows that are split, batch and time must stay apart: XLA
+# gathers a whole row before it makes one dim of the two.
+
+
+def choose_softmax(logits_XE, spec: layers.SoftmaxTopK) -> Choice:
     """Softmax over all experts, top-k, renormalised (MiniMax-01 report, eq. 1).
 
     Equal to the softmax over the chosen logits alone, which is how it is computed.
     """
-    logit_TA, expert_TA = jax.lax.top_k(logits_TE, spec.experts_per_token)
-    return Choice(expert_TA, jax.nn.softmax(logit_TA, axis=-1))
+    logit_XA, expert_XA = jax.lax.top_k(logits_XE, spec.experts_per_token)
+    return Choice(expert_XA, jax.nn.softmax(logit_XA, axis=-1))
 
 
-def choose_sigmoid(logits_TE, bias_E, spec: layers.SigmoidTopK) -> Choice:
+def choose_sigmoid(logits_XE, bias_E, spec: layers.SigmoidTopK) -> Choice:
     """Top-k of sigmoid(logits) + bias; weights are the sigmoids alone, renormalised (M2)."""
-    score_TE = jax.nn.sigmoid(logits_TE)
-    biased_TE = jax.lax.stop_gradient(score_TE + bias_E[None, :])
-    _, expert_TA = jax.lax.top_k(biased_TE, spec.experts_per_token)
-    score_TA = jnp.take_along_axis(score_TE, expert_TA, axis=-1)
-    return Choice(expert_TA, score_TA / jnp.sum(score_TA, axis=-1, keepdims=True))
+    score_XE = jax.nn.sigmoid(logits_XE)
+    biased_XE = jax.lax.stop_gradient(score_XE + jnp.broadcast_to(bias_E, score_XE.shape))
+    _, expert_XA = jax.lax.top_k(biased_XE, spec.experts_per_token)
+    score_XA = jnp.take_along_axis(score_XE, expert_XA, axis=-1)
+    return Choice(expert_XA, score_XA / jnp.sum(score_XA, axis=-1, keepdims=True))
 
 
-def statistics(logits_TE, expert_TA, real_T) -> Routing:
-    """Balance statistics over the tokens where `real_T` (float32 0 or 1) is one."""
-    E = logits_TE.shape[-1]
-    hits_TE = jnp.sum(jax.nn.one_hot(expert_TA, E, dtype=jnp.float32), axis=1)
-    logsumexp_T = jax.nn.logsumexp(logits_TE, axis=-1)
-    probability_TE = jnp.exp(logits_TE - logsumexp_T[:, None])
+def statistics(logits_XE, expert_XA, real_X, load: Load | None = None) -> Routing:
+    """Balance statistics over the tokens where `real_X` (float32 0 or 1) is one."""
+    E = logits_XE.shape[-1]
+    hits_XE = jnp.sum(jax.nn.one_hot(expert_XA, E, dtype=jnp.float32), axis=-2)
+    logsumexp_X = jax.nn.logsumexp(logits_XE, axis=-1)
+    probability_XE = jnp.exp(logits_XE - logsumexp_X[..., None])
     return Routing(
-        hits_E=real_T @ hits_TE,
-        probability_E=real_T @ probability_TE,
-        logsumexp_squared=jnp.sum(real_T * jnp.square(logsumexp_T)),
-        tokens=jnp.sum(real_T),
+        hits_E=jnp.tensordot(real_X, hits_XE, axes=real_X.ndim),
+        probability_E=jnp.tensordot(real_X, probability_XE, axes=real_X.ndim),
+        logsumexp_squared=jnp.sum(real_X * jnp.square(logsumexp_X)),
+        tokens=jnp.sum(real_X),
+        load=load,
     )

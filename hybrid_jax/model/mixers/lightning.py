@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.config import layers
-from hybrid_jax.model import decay
+from hybrid_jax.model import decay, remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
@@ -56,6 +57,7 @@ class LightningMixer(nnx.Module):
             out_BTHV = placed.lightning_attention(context.placement, *arrays, segments)
         else:
             out_BTHV, _ = lightning_attention(*arrays, segment_ids=segments)
+        out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
         # Norm over all heads together, then the gate, then the projection: the released order.
         out_BTHV = rms_norm(out_BTHV, self.norm[...], self.spec.norm_eps, num_dims=2)
         gate_BTHV = project(x_BTD, self.gate[...].astype(dtype))

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.config import layers
+from hybrid_jax.model import remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.norm import rms_norm
@@ -118,6 +120,7 @@ class SoftmaxMixer(nnx.Module):
             out_BTHV = softmax_attention(
                 q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
             )
+        out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
         return project(out_BTHV, self.out[...].astype(dtype), 2), state
 
     def _extend(self, context: Context, q_BTHK, k_BTGK, v_BTGV, state: KeyValues):

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from hybrid_jax.model import remat
 from sharding import exchange
 
 
@@ -78,10 +80,10 @@ def admit(
     num_rows = P * T * min(A, J)
     expert_axes = (axes.expert,) if isinstance(axes.expert, str) else axes.expert
     if capacity.per_expert is None:
-        counts_PNE = kept_PNE = lax.all_gather(counts_NE, expert_axes)
+        counts_PNE = kept_PNE = _gather(counts_NE, expert_axes)
     else:
         # The global router: what waits for an expert anywhere is known before anything is sent.
-        counts_QNE = lax.all_gather(counts_NE, (*axes.replicas, *expert_axes))
+        counts_QNE = _gather(counts_NE, (*axes.replicas, *expert_axes))
         limit = math.ceil(capacity.per_expert * counts_QNE.shape[0] * N * T * A / E)
         num_rows = min(num_rows, J * limit)
         kept_QNE = _first(counts_QNE.reshape(-1, E), limit)
@@ -96,6 +98,10 @@ def admit(
     waiting_PJX = kept_PNE.reshape(P, N, P, J).transpose(0, 3, 1, 2).reshape(P * J, N * P)
     kept_PJX = _first(waiting_PJX, num_rows).reshape(P, J, N, P)
     return Admitted(num_rows, counts_PNE, kept_PJX.transpose(0, 2, 3, 1).reshape(P, N, E))
+
+
+def _gather(counts_NE, axes: tuple[str, ...]):
+    return checkpoint_name(lax.all_gather(counts_NE, axes), remat.COUNTS)
 
 
 def _first(waiting_QE, limit: int):

@@ -6,7 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from hybrid_jax.model import remat
 from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity, ExpertAxes, admit
 from pallas_kernels import grouped_swiglu, varying
@@ -15,7 +17,7 @@ from sharding import exchange
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Load:
+class DeviceLoad:
     """What became of the tokens of this device; sums over devices are those of all tokens."""
 
     chosen_E: jax.Array
@@ -25,6 +27,15 @@ class Load:
     arrived: jax.Array
     """int32 scalar: rows this device's experts took from everywhere. The largest over the devices,
     against the mean, is what an uneven router costs."""
+
+    def total(self, axes: tuple[str, ...]) -> router.Load:
+        """Of all devices along the mesh axes that split tokens; inside `jax.shard_map`."""
+        rows = self.arrived.astype(jnp.float32)
+        return router.Load(
+            dropped_E=lax.psum(self.dropped_E, axes).astype(jnp.float32),
+            rows_max=lax.pmax(rows, axes),
+            rows_mean=lax.pmean(rows, axes),
+        )
 
 
 def expert_mixture(
@@ -38,7 +49,8 @@ def expert_mixture(
     *,
     token_groups: int = 1,
     group_offset=None,
-) -> tuple[jax.Array, Load]:
+    platform: str | None = None,
+) -> tuple[jax.Array, DeviceLoad]:
     """This device's part of `ffn.moe.expert_mixture`: out_TD in float32, and the load.
 
     A dropped choice adds nothing to its token; the weights of the others stay as they are.
@@ -53,6 +65,7 @@ def expert_mixture(
         exchange one part while another is multiplied. TPUs do so where a program is compiled with
         `xla_tpu_enable_async_ragged_all_to_all`. Each part adds to the weights' gradients.
       group_offset: where this layer's experts of this device start, if the stacks hold more.
+      platform: as `exchange.exchange_rows` has it.
 
     Raises:
       ValueError: the experts do not divide over the devices, or not as the weights have them; or
@@ -75,10 +88,11 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
+    move = functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
     visits = []
     for n, (x, weight, order) in enumerate(zip(parts[0], parts[1], orders)):
         routes = exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n])
-        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, multiply))
+        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, move, multiply))
     outs, arrived = zip(*visits)
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
@@ -86,18 +100,18 @@ def expert_mixture(
         out_TD = lax.psum(out_TD, axes.tensor)
     kept_NE = kept_PNE[lax.axis_index(axes.expert)]
     chosen_E, dropped_E = (jnp.sum(array, axis=0) for array in (counts_NE, counts_NE - kept_NE))
-    return out_TD, Load(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
+    return out_TD, DeviceLoad(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
-def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, multiply):
+def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, move, multiply):
     """(weighted sums over the experts for one group of tokens, rows that came to this device)."""
     token_R, row_TA, _ = order
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    there_RD = exchange.exchange_rows(x_RD, routes, num_rows, axis)
+    there_RD = checkpoint_name(move(x_RD, routes, num_rows), remat.ARRIVED)
     y_there_RD = multiply(there_RD, group_sizes_E=sizes_E)
-    y_RD = exchange.exchange_rows(y_there_RD, routes.back(), x_RD.shape[0], axis)
+    y_RD = checkpoint_name(move(y_there_RD, routes.back(), x_RD.shape[0]), remat.RETURNED)
     return dispatch.combine(y_RD, weight_TA, token_R, row_TA), jnp.sum(sizes_E)
 
 

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels
+from hybrid_jax.model import remat
 from hybrid_jax.model.parallel import borders
 from pallas_kernels import lightning_state, lightning_state_gradient, varying
-
-STATE_NAME = "lightning_state"
-"""Of the state a shard starts from, for remat policies: saved, it is not gathered once more."""
 
 
 def lightning_attention(
@@ -125,7 +123,7 @@ def _forward(
         decay_NbH = place.borders.decay(whole_decay_H, ends_N, border)
         return _sum(decay_1bH, initial_BHKV[None]) + _sum(decay_NbH, written_NBHKV)
 
-    state_BHKV = checkpoint_name(place.reach(state_at(place.shard)), STATE_NAME)
+    state_BHKV = checkpoint_name(place.reach(state_at(place.shard)), remat.STATE)
     out_BTHV, _ = pallas_kernels.lightning_attention(
         q_BTHK, k_BTHK, v_BTHV, log_decay_H, initial_state=state_BHKV,
         segment_ids=place.segment_ids_BT,

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from hybrid_jax.model.ffn.router import Choice
+from hybrid_jax.model.ffn.router import Choice, Load
 from hybrid_jax.model.parallel import experts, lightning, own_experts, softmax
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
@@ -87,62 +88,103 @@ def softmax_attention(placement: Placement, q_BTHK, k_BTGK, v_BTGV, segment_ids_
 
 
 def expert_mixture(
+    placement: Placement, x_BTD, choice: Choice, gate_up_ED2F, down_EFD, num_experts: int
+) -> tuple[jax.Array, Load]:
+    """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D] as `placement.experts` has it.
+
+    `choice` is of [B, T] tokens or of B * T; the index `num_experts` is of none and goes nowhere. A
+    capacity is that of the tokens of all devices: those of the mesh axes that split tokens and not
+    experts count together. ValueError if rules split experts over an axis that splits no tokens.
+    """
+    split = placement.axes_of(Logical.EXPERTS)
+    if idle := [axis for axis in split if axis not in placement.token_axes]:
+        raise ValueError(
+            f"The rules {placement.rules.name!r} split experts over {', '.join(idle)}, which "
+            "splits no tokens: its devices would all send the same rows. Split the experts' ffn "
+            "over it, or batch or time."
+        )
+    axes = experts.ExpertAxes(
+        expert=split,
+        tensor=placement.axes_of(Logical.FFN) or None,
+        replicas=tuple(axis for axis in placement.token_axes if axis not in split),
+    )
+    options, storage = placement.experts, placement.expert_storage()
+
+    def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
+        if storage:
+            # Here, so that the gradient is scattered as it is summed; and it is once a layer.
+            gate_up_ED2F = jax.lax.all_gather(gate_up_ED2F, storage, axis=1, tiled=True)
+            down_EFD = jax.lax.all_gather(down_EFD, storage, axis=2, tiled=True)
+        x_TD, expert_TA, weight_TA = (
+            x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
+        )
+        out_TD, load = experts.expert_mixture(
+            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes,
+            options.capacity, token_groups=options.token_groups, platform=placement.platform,
+        )  # fmt: skip
+        return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
+
+    rows = placement.spec(*ROWS, None)
+    by_expert, by_ffn = placement.spec(Logical.EXPERTS, Logical.FFN)
+    gate_up = PartitionSpec(by_expert, storage or None, None, by_ffn)
+    down = PartitionSpec(by_expert, by_ffn, storage or None)
+    choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
+    specs = (rows, rows, rows, gate_up, down)
+    out_specs = rows, PartitionSpec()
+    return _run(placement, local, specs, out_specs, x_BTD, *choices, gate_up_ED2F, down_EFD)
+
+
+def stacked_expert_mixture(
     placement: Placement,
     x_BTD,
     choice: Choice,
-    gate_up_ED2F,
-    down_EFD,
+    gate_up_LED2F,
+    down_LEFD,
+    layer_idx,
     num_experts: int,
-    layer_idx=None,
 ) -> jax.Array:
-    """`ffn.moe.expert_mixture` [B, T, D] of x [B, T, D]; `choice` is of the B * T tokens.
+    """`ffn.moe.expert_mixture` [B, T, D] with one layer of weights that lie in one array: decoding.
 
-    With `layer_idx` (inference) the weights have a dim of layers before E, which stays whole. Then
-    tokens travel to their experts only where many lie on different devices of the expert axis.
+    Tokens travel to their experts only where many lie on different devices of the expert axis;
+    otherwise every device adds its own experts' part. None is dropped.
     """
-    expert = placement.axes_of(Logical.EXPERTS)
-    axes = experts.ExpertAxes(expert, placement.axes_of(Logical.FFN) or None)
-    differ = _tokens_differ(placement, expert)
+    axes = experts.ExpertAxes(
+        placement.axes_of(Logical.EXPERTS), placement.axes_of(Logical.FFN) or None
+    )
+    differ = any(
+        axis in placement.token_axes and placement.shape.sizes[axis] > 1 for axis in axes.expert
+    )
 
-    def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD, layer_idx):
+    def local(x_BTD, expert_BTA, weight_BTA, gate_up_LED2F, down_LEFD, layer_idx):
         x_TD, expert_TA, weight_TA = (
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
         choice = Choice(expert_TA, weight_TA)
-        if layer_idx is None:
-            out_TD, _ = experts.expert_mixture(
-                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes
-            )
-            return out_TD.reshape(x_BTD.shape)
         if differ and x_TD.shape[0] * jax.lax.axis_size(axes.expert) > GATHERED_TOKENS:
             # All experts have rows then: one layer cut out is no loss.
             gate_up_ED2F, down_EFD = (
                 jax.lax.dynamic_index_in_dim(w, layer_idx, keepdims=False)
-                for w in (gate_up_ED2F, down_EFD)
+                for w in (gate_up_LED2F, down_LEFD)
             )
             out_TD, _ = experts.expert_mixture(
-                x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes
+                *(x_TD, choice, gate_up_ED2F, down_EFD, num_experts, axes),
+                platform=placement.platform,
             )
         else:
             out_TD = own_experts.expert_mixture(
-                *(x_TD, choice, gate_up_ED2F, down_EFD, layer_idx, num_experts, axes),
+                *(x_TD, choice, gate_up_LED2F, down_LEFD, layer_idx, num_experts, axes),
                 gather=differ,
             )
         return out_TD.reshape(x_BTD.shape)
 
     rows = placement.spec(*ROWS, None)
-    layers = () if layer_idx is None else (None,)
-    gate_up = placement.spec(*layers, Logical.EXPERTS, None, None, Logical.FFN)
-    down = placement.spec(*layers, Logical.EXPERTS, Logical.FFN, None)
-    choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
-    specs = (rows, rows, rows, gate_up, down, None if layer_idx is None else placement.spec())
-    return _run(placement, local, specs, rows, x_BTD, *choices, gate_up_ED2F, down_EFD, layer_idx)
-
-
-def _tokens_differ(placement: Placement, axes: tuple[str, ...]) -> bool:
-    """Whether devices along these mesh axes hold different tokens."""
-    split = {axis for logical in ROWS for axis in placement.axes_of(logical)}
-    return any(axis in split and placement.shape.sizes[axis] > 1 for axis in axes)
+    gate_up = placement.spec(None, Logical.EXPERTS, None, None, Logical.FFN)
+    down = placement.spec(None, Logical.EXPERTS, Logical.FFN, None)
+    specs = (rows, rows, rows, gate_up, down, PartitionSpec())
+    return _run(
+        *(placement, local, specs, rows, x_BTD),
+        *(choice.expert_TA, choice.weight_TA, gate_up_LED2F, down_LEFD, layer_idx),
+    )
 
 
 def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:

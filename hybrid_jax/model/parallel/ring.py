@@ -19,9 +19,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from hybrid_jax.model import remat
 from hybrid_jax.model.parallel import balance
-from pallas_kernels import softmax_attention_block, softmax_attention_block_gradients
+from pallas_kernels import (
+    SOFTMAX_RESULTS,
+    softmax_attention_block,
+    softmax_attention_block_gradients,
+)
 from pallas_kernels.varying import alike
 
 
@@ -83,7 +89,9 @@ def _ring_attention(ring: Ring, q_BTHK, k_BTGK, v_BTGV, segment_ids):
 
 
 def _forward(ring: Ring, q_BTHK, k_BTGK, v_BTGV, segment_ids):
-    q_BTHK, k_BTGK, v_BTGV = (balance.deal(x, ring.axis) for x in (q_BTHK, k_BTGK, v_BTGV))
+    q_BTHK, k_BTGK, v_BTGV = (
+        checkpoint_name(balance.deal(x, ring.axis), remat.DEALT) for x in (q_BTHK, k_BTGK, v_BTGV)
+    )
     own = _own_options(ring, segment_ids)
     out_BTHV, logsumexp_BTH = softmax_attention_block(
         q_BTHK, k_BTGK, v_BTGV, **own, implementation=ring.implementation
@@ -110,8 +118,10 @@ def _forward(ring: Ring, q_BTHK, k_BTGK, v_BTGV, segment_ids):
     last = lax.axis_size(ring.axis) - 1
     *results, k, v = _scan(one_step, carry, last)
     out_halves, logsumexp_halves = attend(last, results, (k, v))
-    out_BTHV = _join(out_halves).astype(q_BTHK.dtype)
-    logsumexp_BTH = _join(logsumexp_halves)
+    out_BTHV, logsumexp_BTH = (
+        checkpoint_name(x, SOFTMAX_RESULTS)
+        for x in (_join(out_halves).astype(q_BTHK.dtype), _join(logsumexp_halves))
+    )
     residuals = q_BTHK, k_BTGK, v_BTGV, segment_ids, out_BTHV, logsumexp_BTH
     return balance.collect(out_BTHV, ring.axis), residuals
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from hybrid_jax.model import remat
 from hybrid_jax.model.parallel import lightning
 from pallas_kernels.lightning_attention.cases import Case
 from tests.model.parallel import collectives
@@ -199,7 +200,7 @@ def test_shards_exchange_states_once_in_each_direction(length, with_ids):
 def test_a_saved_state_is_not_gathered_again_when_a_layer_is_recomputed():
     arguments = contract.make_inputs(_CASE)[:6]
     attend = _split(_mesh(sequence=4))
-    policy = jax.checkpoint_policies.save_only_these_names(lightning.STATE_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(remat.STATE)
 
     def layer(q, *others):
         # What follows the op makes its output a residual, so that it is computed again.

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from hybrid_jax.bench.schedule.bundles import Instruction, Program
+from hybrid_jax.targets.schedule.bundles import Instruction, Program
 
 # `size_in_granules` counts 32 bytes on every generation: a window of 1 MiB is 32768.
 GRANULE_BYTES = 32

@@ -1,6 +1,6 @@
 """Compile one function for an absent TPU, in a process started with the flags that dump schedules.
 
-    python -m hybrid_jax.bench.schedule.compile MODULE_OR_FILE:FUNCTION TARGET ARGUMENTS OUT
+    python -m hybrid_jax.targets.schedule.compile MODULE_OR_FILE:FUNCTION TARGET ARGUMENTS OUT
 
 FUNCTION is called with ARGUMENTS (a JSON object) and returns a function and its abstract arguments.
 """

@@ -10,9 +10,9 @@ import dataclasses
 import itertools
 import re
 
-from hybrid_jax.bench.schedule import copies
-from hybrid_jax.bench.schedule.bundles import Instruction, Program
-from hybrid_jax.bench.schedule.machine import Machine
+from hybrid_jax.targets.schedule import copies
+from hybrid_jax.targets.schedule.bundles import Instruction, Program
+from hybrid_jax.targets.schedule.machine import Machine
 
 # Bundles after a branch, at most.
 MOST_SLOTS = 6

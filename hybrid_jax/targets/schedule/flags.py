@@ -24,7 +24,7 @@ def refusal(stderr: str) -> str | None:
     line = next(line for line in stderr.splitlines() if "Unknown command line flag" in line)
     return (
         f"This libtpu writes no schedules in the way it is asked to ({line.strip()}). The flags "
-        "are undocumented and stand in hybrid_jax/bench/schedule/flags.py; libtpu 0.0.42 and "
+        "are undocumented and stand in hybrid_jax/targets/schedule/flags.py; libtpu 0.0.42 and "
         "0.0.50 know them."
     )
 

@@ -1,4 +1,4 @@
-"""`python -m hybrid_jax.bench.schedule FILE.py:FUNCTION v5p [name=value ...]`: a kernel in work.
+"""`python -m hybrid_jax.targets.schedule FILE.py:FUNCTION v5p [name=value ...]`: a kernel in work.
 
 FUNCTION returns (function to compile, tuple of jax.ShapeDtypeStruct); see `schedule_of`. A value is
 JSON where it can be read so (`chunk=128`), else text.
@@ -7,7 +7,7 @@ JSON where it can be read so (`chunk=128`), else text.
 import json
 import sys
 
-from hybrid_jax.bench.schedule import predict, schedule_of
+from hybrid_jax.targets.schedule import predict, schedule_of
 
 
 def _value(text: str):

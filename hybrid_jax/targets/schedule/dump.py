@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from hybrid_jax.bench.schedule import flags, predict
 from hybrid_jax.targets import chips, compilers
+from hybrid_jax.targets.schedule import flags, predict
 
 
 def schedule_of(build: Callable[..., Any] | str, target: str, **arguments: Any) -> predict.Report:
@@ -71,7 +71,7 @@ def _compile(where: str, target: str, arguments: dict, directory: pathlib.Path) 
         "LIBTPU_INIT_ARGS": flags.init_args(directory),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    command = [sys.executable, "-m", "hybrid_jax.bench.schedule.compile"]
+    command = [sys.executable, "-m", "hybrid_jax.targets.schedule.compile"]
     result = subprocess.run(
         [*command, where, target, json.dumps(arguments), str(out)],
         env=environment,

@@ -4,8 +4,8 @@ import dataclasses
 import math
 import re
 
-from hybrid_jax.bench.schedule import bundles, execute
 from hybrid_jax.targets.chips import Chip, parse
+from hybrid_jax.targets.schedule import bundles, execute
 
 # How long a matrix unit is busy with one `vmatmul`, 16 rows: one row a cycle with 128 x 128 units,
 # two with 256 x 256. From peak rates, and the number of these in a product whose FLOPs are
@@ -40,7 +40,7 @@ class KernelSchedule:
     """HBM traffic of all cores of the device."""
     dmas: int
     unresolved: int
-    """Branches and copies that depend on data; see hybrid_jax/bench/schedule/__init__.py."""
+    """Branches and copies that depend on data; see hybrid_jax/targets/schedule/__init__.py."""
     compute_ms: float
     hbm_ms: float
 

@@ -21,7 +21,7 @@ or a copy depends on data, the region counts as issued and the copy as made if i
 `unresolved` says how often.
 """
 
-from hybrid_jax.bench.schedule.dump import schedule_of
-from hybrid_jax.bench.schedule.predict import KernelSchedule, Report
+from hybrid_jax.targets.schedule.dump import schedule_of
+from hybrid_jax.targets.schedule.predict import KernelSchedule, Report
 
 __all__ = ["KernelSchedule", "Report", "schedule_of"]

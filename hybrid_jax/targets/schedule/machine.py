@@ -4,8 +4,8 @@ import functools
 import re
 from collections.abc import Callable
 
-from hybrid_jax.bench.schedule import copies
-from hybrid_jax.bench.schedule.bundles import Instruction
+from hybrid_jax.targets.schedule import copies
+from hybrid_jax.targets.schedule.bundles import Instruction
 
 # Where a core of a megacore chip finds its number.
 _CORE_ID = "[smem:[#allocation0"

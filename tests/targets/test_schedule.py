@@ -6,8 +6,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hybrid_jax.bench import schedule
-from hybrid_jax.bench.schedule import bundles, execute, flags
+from hybrid_jax.targets import schedule
+from hybrid_jax.targets.schedule import bundles, execute, flags
 from tests import aot
 
 # Three passes of a loop that starts at bundle 2; in its last pass a copy of 64 KiB. The last two
