@@ -4,6 +4,7 @@
 # imported for the first time later would put its module where the function belongs.
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.grouped_swiglu.stacked import grouped_swiglu_of_layer
 from pallas_kernels.lightning_attention.api import lightning_attention
 from pallas_kernels.lightning_attention.decode_api import (
     lightning_decode,
@@ -21,6 +22,7 @@ __all__ = [
     "SOFTMAX_RESULTS",
     "grouped_matmul",
     "grouped_swiglu",
+    "grouped_swiglu_of_layer",
     "lightning_attention",
     "lightning_decode",
     "lightning_decode_slots",

@@ -36,6 +36,11 @@ class Args:
     """Stop at this token; default: the end-of-document token of the tokenizer, if it has one."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    mesh: str | None = None
+    """Split the model over all devices, e.g. 'tensor=8' or 'expert=2,tensor=4'; one axis may be -1.
+    Without it one device computes."""
+    rules: str = "serve"
+    """Which mesh axes split which dims; decoding takes rules that gather no parameters."""
     json: pathlib.Path | None = None
     """Also write prompt, tokens, text and timing to this file."""
 
@@ -61,6 +66,9 @@ def run(args: Args) -> int:
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
     model = hybrid_jax.load(directory, dtype=args.dtype)
+    placement = None
+    if args.mesh is not None:
+        model, placement = _split(model, args.mesh, args.rules)
     started = time.perf_counter()
     new = hybrid_jax.generate(
         model,
@@ -71,6 +79,7 @@ def run(args: Args) -> int:
         top_p=args.top_p,
         seed=args.seed,
         eos_id=_end(args, tokenizer),
+        placement=placement,
     )
     new = np.asarray(new)[0].tolist()
     seconds = time.perf_counter() - started
@@ -81,6 +90,17 @@ def run(args: Args) -> int:
         report = {"prompt": ids, "tokens": new, "text": text, "seconds": round(seconds, 3)}
         args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
+
+
+def _split(model, mesh: str, rules: str):
+    """The model on a mesh of all devices, and where it lies."""
+    from flax import nnx
+
+    from hybrid_jax.model.parallel import placement as placements
+
+    placement = placements.make(mesh, rules).for_decoding(1)
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, placement.place(params)), placement
 
 
 def _prompt(args: Args) -> str:

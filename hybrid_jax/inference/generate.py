@@ -10,6 +10,7 @@ from flax import nnx
 from hybrid_jax.inference import sampling as sampling_lib
 from hybrid_jax.inference import steps
 from hybrid_jax.model import Model
+from hybrid_jax.model.parallel.placement import Placement
 
 # Capacities and prompt widths are rounded up to this, so that near lengths share a program.
 _ROUND = 64
@@ -26,11 +27,13 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     prompt_lengths=None,
+    placement: Placement | None = None,
 ) -> jax.Array:
     """New tokens int32 [B, max_new_tokens] after the prompts int [B, T].
 
     Rows are right-padded; `prompt_lengths` [B] are their real tokens (default: all T). Temperature
     0 is greedy. After `eos_id` a row is filled with it; decoding stops when all rows have ended.
+    With a `placement` the model's parameters live where it stores them (`Placement.place`).
     Raises ValueError for empty prompts, token ids outside the vocabulary and impossible sizes.
     """
     # The keys of JAX hold 32 bits: a larger seed would draw what another one draws.
@@ -44,39 +47,36 @@ def generate(
         return jnp.zeros((B, 0), jnp.int32)
     tokens_BT = np.pad(tokens_BT, ((0, 0), (0, width - T)))
     capacity = -(-(width + max_new_tokens) // _ROUND) * _ROUND
-    state = model.initial_state(B, capacity)
-    logits_BW, state = steps.prefill(model, tokens_BT, lengths_B, state)
-    graphdef, params = nnx.split(model)
-    out_BT, _ = _decode_loop(
-        graphdef,
-        params,
-        logits_BW,
-        state,
-        jax.random.key(seed),
-        jnp.int32(-1 if eos_id is None else eos_id),
-        sampling,
-        max_new_tokens,
-    )
+    state = model.initial_state(B, capacity, placement)
+    logits_BW, state = steps.prefill(model, tokens_BT, lengths_B, state, placement=placement)
+    loop = _decode_loop(model.config, placement, sampling, max_new_tokens)
+    _, params = nnx.split(model)
+    eos_id = jnp.int32(-1 if eos_id is None else eos_id)
+    out_BT, _ = loop(params, logits_BW, state, jax.random.key(seed), eos_id)
     return out_BT
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=3)
-def _decode_loop(graphdef, params, logits_BW, state, key, eos_id, sampling, max_new_tokens):
-    """Sample, write, step, until every row has ended: (out_BT, state). `eos_id` -1: none ends."""
-    model = nnx.merge(graphdef, params)
+@functools.lru_cache
+def _decode_loop(config, placement, sampling, max_new_tokens):
+    """A compiled (params, logits_BW, state, key, eos_id) -> (out_BT, state).
+
+    Draws, writes and steps until every row has ended. `eos_id` -1: none ends.
+    """
+    step = steps.make_decode_step(config, placement, sampling)
+    run = functools.partial(_run_loop, step, sampling, max_new_tokens)
+    return jax.jit(run, donate_argnames="state")
+
+
+def _run_loop(decode, sampling, max_new_tokens, params, logits_BW, state, key, eos_id):
     B = logits_BW.shape[0]
 
-    def draw(step, logits_BW, ended_B):
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(key, step), jnp.arange(B)
-        )
-        token_B = sampling_lib.sample(logits_BW, sampling, keys_B)
-        return jnp.where(ended_B, eos_id, token_B)
+    def key_of(step):
+        return jax.random.fold_in(key, step)
 
     def body(carry):
         step, token_B, ended_B, out_BT, state = carry
-        logits_BW, state = steps.decode_step(model, token_B, state)
-        token_B = draw(step, logits_BW, ended_B)
+        token_B, state = decode(params, token_B, state, key_of(step))
+        token_B = jnp.where(ended_B, eos_id, token_B)
         out_BT = jax.lax.dynamic_update_slice(out_BT, token_B[:, None], (0, step))
         return step + 1, token_B, ended_B | (token_B == eos_id), out_BT, state
 
@@ -84,7 +84,7 @@ def _decode_loop(graphdef, params, logits_BW, state, key, eos_id, sampling, max_
         step, _, ended_B, _, _ = carry
         return (step < max_new_tokens) & ~jnp.all(ended_B)
 
-    token_B = draw(0, logits_BW, jnp.zeros((B,), bool))
+    token_B = sampling_lib.next_token(logits_BW, sampling, key_of(0))
     # Rows that end early keep eos in every place that the loop no longer writes.
     out_BT = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token_B)
     carry = (jnp.int32(1), token_B, token_B == eos_id, out_BT, state)

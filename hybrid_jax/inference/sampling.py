@@ -26,12 +26,21 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p!r}.")
 
 
+GREEDY = Sampling()
+
+
 def sample(logits_BW, sampling: Sampling, keys_B) -> jax.Array:
     """One token a row, int32 [B]; each row draws with its own key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BW, axis=-1).astype(jnp.int32)
     kept_BW = _keep(logits_BW.astype(jnp.float32) / sampling.temperature, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, kept_BW).astype(jnp.int32)
+
+
+def next_token(logits_BW, sampling: Sampling, key) -> jax.Array:
+    """`sample` with a key a row made of one; a row's key does not depend on the other rows."""
+    rows_B = jnp.arange(logits_BW.shape[0])
+    return sample(logits_BW, sampling, jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B))
 
 
 def _keep(logits_BW, sampling: Sampling):

@@ -19,8 +19,9 @@ class Context:
     """int32, 0 for padding; None when every row is one segment without padding."""
     lengths_B: jax.Array | None = None
     """int32, tokens already in the decode state; None without a state."""
-    group_offset: jax.Array | None = None
-    """int32 scalar: first expert of this layer when the experts of all layers come as one stack."""
+    layer_idx: jax.Array | None = None
+    """int32 scalar: place of this layer where experts or caches of many layers come as one stack;
+    None without a state."""
     placement: Placement | None = dataclasses.field(default=None, metadata={"static": True})
     """How everything is split over devices; None on one device."""
 

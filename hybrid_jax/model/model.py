@@ -60,15 +60,15 @@ class Model(nnx.Module):
     ) -> Hidden:
         """The output of the final norm, continuing `state` if one is given.
 
-        `placement` says how parameters and activations are split over devices; not with a state.
+        `placement` says how parameters, activations and the state are split over devices.
 
         With a state, every row is one sequence: `segment_ids` may only say which of its tokens are
         real (1) and which are right padding (0), and the caller makes sure that T more tokens fit
-        the capacity of every row.
+        the capacity of every row. With both, `placement` is taken as `Placement.for_decoding` says.
         """
         tokens_BT, context = self._context(tokens_BT, segment_ids, positions, state)
         if placement is not None and state is not None:
-            raise ValueError("Decoding on a mesh is not there yet; leave out placement or state.")
+            placement = placement.for_decoding(tokens_BT.shape[0])
         context = dataclasses.replace(context, placement=placement)
         x_BTD = self._embed(tokens_BT, context, state)
         if state is None:
@@ -76,12 +76,16 @@ class Model(nnx.Module):
         else:
             x_BTD, entries, routing = self.stack.decode(x_BTD, context, state.entries)
             state = _advance(state, entries, tokens_BT, context.segment_ids_BT)
+            state = states.constrain(self.config, state, placement)
         return Hidden(self.norm(x_BTD), state, routing)
 
     def logits(self, x_BTD) -> jax.Array:
         """The head, in float32 whatever the model computes in."""
-        kernel_DW = self.head_kernel().astype(jnp.float32)
-        return jnp.einsum("...d,dw->...w", x_BTD.astype(jnp.float32), kernel_DW)
+        kernel_DW = self.head_kernel()
+        if x_BTD.dtype != kernel_DW.dtype:
+            x_BTD, kernel_DW = x_BTD.astype(jnp.float32), kernel_DW.astype(jnp.float32)
+        # Products of two bfloat16 numbers are exact in float32: no need for a copy of the matrix.
+        return jnp.einsum("...d,dw->...w", x_BTD, kernel_DW, preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> jax.Array:
         """The output matrix [D, W] as it is stored; the embedding table's transpose if tied."""
@@ -94,9 +98,9 @@ class Model(nnx.Module):
         tokens_BT, context = self._context(tokens_BT, segment_ids, positions, None)
         return self.stack.each_layer(self._embed(tokens_BT, context, None), context)
 
-    def initial_state(self, batch: int, capacity: int) -> states.DecodeState:
+    def initial_state(self, batch: int, capacity: int, placement=None) -> states.DecodeState:
         """An empty decode state for `batch` rows of at most `capacity` tokens."""
-        return states.initial_state(self.config, batch, capacity)
+        return states.initial_state(self.config, batch, capacity, placement)
 
     def _context(self, tokens_BT, segment_ids, positions, state):
         tokens_BT, segment_ids, positions = _checked(
@@ -114,18 +118,21 @@ class Model(nnx.Module):
 
     def _embed(self, tokens_BT, context: Context, state):
         dtype = jnp.dtype(self.config.dtypes.compute)
-        if context.placement is None:
-            x_BTD = self.embedding(tokens_BT, dtype)
-        else:
+
+        def embed(tokens_BT):
+            if context.placement is None:
+                return self.embedding(tokens_BT, dtype)
             table_WD = self.embedding.table[...]
-            x_BTD = placed.look_up(context.placement, table_WD, tokens_BT).astype(dtype)
+            return placed.look_up(context.placement, table_WD, tokens_BT).astype(dtype)
+
+        x_BTD = embed(tokens_BT)
         if not self.config.shift_embeddings:
             return x_BTD
         before_BD = jnp.zeros_like(x_BTD[:, 0])
         if state is not None:
             known_B1 = (state.last_token_B >= 0)[:, None]
-            last_B = jnp.maximum(state.last_token_B, 0)
-            before_BD = jnp.where(known_B1, self.embedding(last_B, dtype), before_BD)
+            last_B1 = jnp.maximum(state.last_token_B, 0)[:, None]
+            before_BD = jnp.where(known_B1, embed(last_B1)[:, 0], before_BD)
         return shift_half(x_BTD, context.segment_ids_BT, before_BD)
 
 

@@ -141,21 +141,25 @@ def _decode_body(run: LayerModule, params, context: Context):
 
     def pick(path, leaf, idx):
         if path[0].key == "ffn" and path[1].key in whole_stack:
-            # [layers, experts, ...] as one list of experts; the context says where ours begin.
-            return leaf.reshape(-1, *leaf.shape[2:])
+            # [layers, experts, ...] as it lies; the context says which layer this is.
+            return leaf
         return jax.lax.dynamic_index_in_dim(leaf, idx, keepdims=False)
 
     def body(carry, inputs):
         x_BTD, memory = carry
         idx, layer_data = inputs
+        if context.placement is not None:
+            x_BTD = context.placement.constrain(x_BTD, *ROWS, None)
         own = jax.tree_util.tree_map_with_path(lambda path, leaf: pick(path, leaf, idx), params)
+        here = dataclasses.replace(context, layer_idx=idx)
+        layer = nnx.merge(graphdef, own)
+        if layer.mixer.whole_state:
+            x_BTD, memory, routing = layer(x_BTD, here, layer_data, memory)
+            return (x_BTD, memory), routing
         state = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, idx, keepdims=False), memory
         )
-        here = context
-        if whole_stack:
-            here = dataclasses.replace(context, group_offset=idx * run.ffn.spec.num_experts)
-        x_BTD, state, routing = nnx.merge(graphdef, own)(x_BTD, here, layer_data, state)
+        x_BTD, state, routing = layer(x_BTD, here, layer_data, state)
         memory = jax.tree.map(
             lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, idx, 0), memory, state
         )

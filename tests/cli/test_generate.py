@@ -1,4 +1,6 @@
-"""`hybrid-jax generate`: what it says of bad input."""
+"""`hybrid-jax generate`: what it says of bad input, and that a mesh changes nothing."""
+
+import json
 
 import pytest
 
@@ -18,3 +20,26 @@ def test_a_token_id_beyond_32_bits_is_outside_the_vocabulary(tmp_path):
     published.write_directory(tmp_path / "m", config, published.tensors(config))
     with pytest.raises(ValueError, match=r"below vocab_size=.*; got 99999999999"):
         generate.run(generate.Args(str(tmp_path / "m"), token_ids=(99999999999,)))
+
+
+def test_a_mesh_of_another_size_is_refused(tmp_path, capsys):
+    config = published.original_config()
+    published.write_directory(tmp_path / "m", config, published.tensors(config))
+    options = ["generate", str(tmp_path / "m"), "--token-ids", "1", "2", "--mesh", "tensor=3"]
+    assert cli.main(options) == 2
+    assert "has 3 devices; there are 8" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_tokens_are_the_same_on_a_mesh(tmp_path):
+    config = published.original_config()
+    published.write_directory(tmp_path / "m", config, published.tensors(config))
+    tokens = []
+    for mesh in (None, "data=4,tensor=2"):
+        out = tmp_path / "out.json"
+        args = generate.Args(
+            str(tmp_path / "m"), token_ids=(1, 2, 3), max_new_tokens=4, mesh=mesh, json=out
+        )
+        assert generate.run(args) == 0
+        tokens.append(json.loads(out.read_text())["tokens"])
+    assert tokens[0] == tokens[1]

@@ -14,21 +14,25 @@ from hybrid_jax.model.ffn.dense import swiglu
 from hybrid_jax.model.linear import project
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
-from pallas_kernels import grouped_swiglu
+from pallas_kernels import grouped_swiglu, grouped_swiglu_of_layer
 from sharding import Logical
 
 
-def expert_mixture(x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, group_offset):
+def expert_mixture(
+    x_TD, choice: router.Choice, gate_up_ED2F, down_EFD, num_experts, layer_idx=None
+):
     """sum_a weight_a * down_e(silu(gate_e(x)) * up_e(x)) over each token's experts, in float32.
 
-    With `group_offset`, the weights hold the experts of many layers and this layer's start there.
+    With `layer_idx` the weights have a dim of layers before E, of which this is one.
     """
-    F = down_EFD.shape[1]
     token_R, row_TA, sizes_E = dispatch.expert_order(choice.expert_TA, num_experts)
-    gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
-    down = down_EFD.astype(x_TD.dtype)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    y_RD = grouped_swiglu(x_RD, gate_up, down, sizes_E, group_offset=group_offset)
+    if layer_idx is not None:
+        y_RD = grouped_swiglu_of_layer(x_RD, gate_up_ED2F, down_EFD, sizes_E, layer_idx)
+    else:
+        F = down_EFD.shape[1]
+        gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)
+        y_RD = grouped_swiglu(x_RD, gate_up, down_EFD.astype(x_TD.dtype), sizes_E)
     return dispatch.combine(y_RD, choice.weight_TA, token_R, row_TA)
 
 
@@ -79,15 +83,20 @@ class MixtureOfExperts(nnx.Module):
             choice_RA = router.Choice(*(array.reshape(B * T, -1) for array in choice))
             out_BTD = expert_mixture(
                 x_BTD.reshape(B * T, D), choice_RA, self.gate_up[...], self.down[...],
-                self.spec.num_experts, context.group_offset,
+                self.spec.num_experts, context.layer_idx,
             ).reshape(B, T, D)  # fmt: skip
         else:
             # Padding takes no place from tokens, and does not travel.
             expert_BTA = jnp.where(real_BT[..., None] > 0, choice.expert_TA, self.spec.num_experts)
-            out_BTD, load = placed.expert_mixture(
-                context.placement, x_BTD, choice._replace(expert_TA=expert_BTA),
-                self.gate_up[...], self.down[...], self.spec.num_experts,
-            )  # fmt: skip
+            arrays = x_BTD, choice._replace(expert_TA=expert_BTA), self.gate_up[...], self.down[...]
+            if context.layer_idx is None:
+                out_BTD, load = placed.expert_mixture(
+                    context.placement, *arrays, self.spec.num_experts
+                )
+            else:
+                out_BTD = placed.stacked_expert_mixture(
+                    context.placement, *arrays, context.layer_idx, self.spec.num_experts
+                )
         routing = router.statistics(logits_BTE, choice.expert_TA, real_BT, load)
         if self.spec.shared is not None:
             out_BTD = self.shared(x_BTD, out_BTD)

@@ -15,6 +15,8 @@ from hybrid_jax.model.params import Initialiser
 from pallas_kernels import lightning_attention, lightning_decode
 from sharding import Logical
 
+_ROWS = (Logical.BATCH, Logical.TIME, Logical.HEADS, None)
+
 
 def _queries_keys_values(x_BTD, qkv_DHCK):
     """silu(x W) for each third of the fused matrix, head-major as it is published."""
@@ -30,6 +32,9 @@ def _queries_keys_values(x_BTD, qkv_DHCK):
 class LightningMixer(nnx.Module):
     """Owns the parameters of one lightning layer; its state is [B, H, K, V] float32."""
 
+    whole_state = False
+    STATE_AXES = (Logical.BATCH, Logical.HEADS, None, None)
+
     def __init__(
         self, init: Initialiser, spec: layers.LightningAttention, dim: int, norm_eps: float
     ):
@@ -44,31 +49,40 @@ class LightningMixer(nnx.Module):
     def __call__(self, x_BTD, context: Context, log_decay_H, state_BHKV):
         dtype = x_BTD.dtype
         q_BTHK, k_BTHK, v_BTHV = _queries_keys_values(x_BTD, self.qkv[...].astype(dtype))
-        single = x_BTD.shape[1] == 1 and state_BHKV is not None and context.segment_ids_BT is None
-        if single:
-            out_BHV, state_BHKV = lightning_decode(
-                q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], log_decay_H, state_BHKV
-            )
-            out_BTHV = out_BHV[:, None]
+        segments = context.segment_ids_BT
+        arrays = q_BTHK, k_BTHK, v_BTHV, log_decay_H
+        if state_BHKV is not None:
+            out_BTHV, state_BHKV = self._extend(context.placement, *arrays, segments, state_BHKV)
         elif context.placement is not None:
-            out_BTHV = placed.lightning_attention(
-                context.placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H, context.segment_ids_BT
-            )
+            out_BTHV = placed.lightning_attention(context.placement, *arrays, segments)
         else:
-            out_BTHV, state_BHKV = lightning_attention(
-                q_BTHK,
-                k_BTHK,
-                v_BTHV,
-                log_decay_H,
-                initial_state=state_BHKV,
-                segment_ids=context.segment_ids_BT,
-            )
+            out_BTHV, _ = lightning_attention(*arrays, segment_ids=segments)
         out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
         # Norm over all heads together, then the gate, then the projection: the released order.
         out_BTHV = rms_norm(out_BTHV, self.norm[...], self.spec.norm_eps, num_dims=2)
         gate_BTHV = project(x_BTD, self.gate[...].astype(dtype))
         out_BTHV = out_BTHV * jax.nn.sigmoid(gate_BTHV)
         return project(out_BTHV, self.out[...].astype(dtype), 2), state_BHKV
+
+    def _extend(self, placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, state_BHKV):
+        """(out_BTHV, state after these tokens): each device steps the rows and heads it holds."""
+
+        def extend(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, state_BHKV):
+            if q_BTHK.shape[1] > 1 or segment_ids_BT is not None:
+                return lightning_attention(
+                    *(q_BTHK, k_BTHK, v_BTHV, log_decay_H),
+                    initial_state=state_BHKV,
+                    segment_ids=segment_ids_BT,
+                )
+            out_BHV, state_BHKV = lightning_decode(
+                q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], log_decay_H, state_BHKV
+            )
+            return out_BHV[:, None], state_BHKV
+
+        ids = None if segment_ids_BT is None else (Logical.BATCH, None)
+        in_axes = (_ROWS, _ROWS, _ROWS, (Logical.HEADS,), ids, self.STATE_AXES)
+        extend = placed.on_parts(placement, extend, in_axes, (_ROWS, self.STATE_AXES))
+        return extend(q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, state_BHKV)
 
     @staticmethod
     def layer_data(spec: layers.LightningAttention, layer_idx: int, num_layers: int):

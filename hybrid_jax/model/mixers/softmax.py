@@ -1,6 +1,7 @@
 """Softmax attention: grouped queries, partial rotary positions, optional norm of q and k."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,68 @@ from sharding import Logical
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """The cache of one layer: rotated keys and values, valid up to the length of each row."""
+    """Rotated keys and values, valid up to the length of each row: of one layer, or of all."""
 
     k_BSGK: jax.Array
     v_BSGV: jax.Array
 
-    def write(self, k_BTGK, v_BTGV, lengths_B) -> "KeyValues":
-        """Put T new rows at each row's length; the caller makes sure that they fit."""
-        put = jax.vmap(lambda cache, new, at: jax.lax.dynamic_update_slice(cache, new, (at, 0, 0)))
-        return KeyValues(
-            put(self.k_BSGK, k_BTGK.astype(self.k_BSGK.dtype), lengths_B),
-            put(self.v_BSGV, v_BTGV.astype(self.v_BSGV.dtype), lengths_B),
+    def write(self, k_BTGK, v_BTGV, lengths_B, layer_idx) -> "KeyValues":
+        """Of the caches of all layers, put T new rows into one, at each row's length.
+
+        In place where the caches are given up. The caller makes sure that the rows fit.
+        """
+        B = lengths_B.shape[0]
+        places_B3 = jnp.stack(
+            [jnp.full((B,), layer_idx), jnp.arange(B, dtype=jnp.int32), lengths_B], axis=1
         )
+
+        def put(cache_LBSGK, new_BTGK):
+            # [T, ...] of a row go to [layer, row, its length:, ...].
+            cache, new = _without_one_head(cache_LBSGK), _without_one_head(new_BTGK)
+            dims = jax.lax.ScatterDimensionNumbers(
+                update_window_dims=tuple(range(1, new.ndim)),
+                inserted_window_dims=(0, 1),
+                scatter_dims_to_operand_dims=(0, 1, 2),
+            )
+            written = jax.lax.scatter(
+                *(cache, places_B3, new.astype(cache.dtype), dims),
+                indices_are_sorted=True,
+                unique_indices=True,
+                mode=jax.lax.GatherScatterMode.CLIP,
+            )
+            return written.reshape(cache_LBSGK.shape)
+
+        return KeyValues(put(self.k_BSGK, k_BTGK), put(self.v_BSGV, v_BTGV))
+
+    def layer(self, layer_idx) -> "KeyValues":
+        """Of the caches of all layers, that of one."""
+
+        def one(cache_LBSGK):
+            cache = _without_one_head(cache_LBSGK)
+            cache = jax.lax.dynamic_index_in_dim(cache, layer_idx, keepdims=False)
+            return cache.reshape(cache_LBSGK.shape[1:])
+
+        return jax.tree.map(one, self)
+
+
+def _without_one_head(x):
+    """[..., G, K] without the dim of heads if there is but one.
+
+    On TPUs writing and reading would else want two layouts of such a dim, and each token a copy of
+    all caches from one to the other.
+    """
+    return jnp.squeeze(x, axis=-2) if x.shape[-2] == 1 else x
+
+
+_CACHE = (Logical.BATCH, None, Logical.KV_HEADS, None)
 
 
 class SoftmaxMixer(nnx.Module):
     """Owns the parameters of one softmax layer; its state is `KeyValues`."""
+
+    # Decoding takes the caches of all layers: cut out, one would be copied to and fro.
+    whole_state = True
+    STATE_AXES: Any = KeyValues(_CACHE, _CACHE)  # type: ignore[arg-type]
 
     def __init__(self, init: Initialiser, spec: layers.SoftmaxAttention, dim: int, norm_eps: float):
         H, G, K = spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -64,24 +111,36 @@ class SoftmaxMixer(nnx.Module):
             k_BTGK = rms_norm(k_BTGK, self.k_norm[...], self.norm_eps, num_dims=2)
         q_BTHK = rotate(q_BTHK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
         k_BTGK = rotate(k_BTGK, context.positions_BT, self.spec.rotary_dim, self.spec.rope_theta)
-        if context.placement is not None:
-            out_BTHV = placed.softmax_attention(
-                context.placement, q_BTHK, k_BTGK, v_BTGV, context.segment_ids_BT
-            )
-        elif state is None:
-            segments = context.segment_ids_BT
+        segments = context.segment_ids_BT
+        if state is not None:
+            out_BTHV, state = self._extend(context, q_BTHK, k_BTGK, v_BTGV, state)
+        elif context.placement is not None:
+            out_BTHV = placed.softmax_attention(context.placement, q_BTHK, k_BTGK, v_BTGV, segments)
+        else:
             out_BTHV = softmax_attention(
                 q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
             )
-        else:
-            # Right-padded rows write rows past their length that causality hides and later
-            # tokens overwrite, so the cache needs no segments of its own.
-            state = state.write(k_BTGK, v_BTGV, context.lengths_B)
-            out_BTHV = softmax_attention(
-                q_BTHK, state.k_BSGK, state.v_BSGV, q_offset=context.lengths_B
-            )
         out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
         return project(out_BTHV, self.out[...].astype(dtype), 2), state
+
+    def _extend(self, context: Context, q_BTHK, k_BTGK, v_BTGV, state: KeyValues):
+        """(out_BTHV, the cache with these tokens): each device reads the rows and heads it holds.
+
+        Right-padded rows write rows past their length that causality hides and later tokens
+        overwrite, so the cache needs no segments of its own.
+        """
+
+        def extend(q_BTHK, k_BTGK, v_BTGV, state, lengths_B, layer_idx):
+            state = state.write(k_BTGK, v_BTGV, lengths_B, layer_idx)
+            own = state.layer(layer_idx)
+            return softmax_attention(q_BTHK, own.k_BSGK, own.v_BSGV, q_offset=lengths_B), state
+
+        q = (Logical.BATCH, Logical.TIME, Logical.HEADS, None)
+        kv = (Logical.BATCH, Logical.TIME, Logical.KV_HEADS, None)
+        caches = KeyValues((None, *_CACHE), (None, *_CACHE))  # type: ignore[arg-type]
+        in_axes = (q, kv, kv, caches, (Logical.BATCH,), ())
+        extend = placed.on_parts(context.placement, extend, in_axes, (q, caches))
+        return extend(q_BTHK, k_BTGK, v_BTGV, state, context.lengths_B, context.layer_idx)
 
     @staticmethod
     def layer_data(spec: layers.SoftmaxAttention, layer_idx: int, num_layers: int):

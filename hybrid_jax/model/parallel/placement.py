@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity
+from hybrid_jax.model.params import logical_axes
 from sharding import Logical, MeshShape, Rules, mesh, rules
 
 ROWS = (Logical.BATCH, Logical.TIME)
@@ -72,9 +73,56 @@ class Placement:
         """Tell the compiler where an activation lives."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
+    def activation(self, name: str, axes, shape) -> NamedSharding:
+        """`sharding` of an array of this shape; ValueError if a dim of it does not divide."""
+        return NamedSharding(self.mesh, self.rules.activation(axes, shape, self.shape, name))
+
+    def for_decoding(self, num_rows: int) -> "Placement":
+        """The placement of so many rows with a decode state; they need not divide over devices.
+
+        Mesh axes of the rules that would not split them evenly split no rows: their devices hold
+        the same ones. The first axes go first, so 4 rows on data=2,expert=4 are split in two.
+        ValueError for rules that gather parameters, or split rows in time: every token would pay
+        for it.
+        """
+        for table, logical, what in (
+            (self.rules.parameters, Logical.MODEL, "keep parameters in parts"),
+            (self.rules.experts, Logical.MODEL, "keep experts in parts"),
+            (self.rules.activations, Logical.TIME, "split rows in time"),
+        ):
+            used = [axis for axis in table.get(logical, ()) if self.shape.sizes[axis] > 1]
+            if used:
+                split = ", ".join(f"{axis}={self.shape.sizes[axis]}" for axis in used)
+                raise ValueError(
+                    f"The rules {self.rules.name!r} {what} over {split}, which decoding would "
+                    "bring together for every token; use the rules 'serve', or a mesh without "
+                    "that axis."
+                )
+        axes, count = self.axes_of(Logical.BATCH), 1
+        kept: tuple[str, ...] = ()
+        for axis in axes:
+            if num_rows % (count * self.shape.sizes[axis]) == 0:
+                count *= self.shape.sizes[axis]
+                kept += (axis,)
+        return self if kept == axes else _with_rows_over(self, kept)
+
     def parameter(self, name: str, axes, shape) -> NamedSharding:
         """Where a parameter is stored, its gradient and its moments with it."""
         return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
+
+    def stored(self, params):
+        """`parameter` of every `nnx.Variable` of a tree: the same tree with shardings in it."""
+
+        def one(path, param: nnx.Param):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return param.replace(self.parameter(name, logical_axes(param), param.shape))
+
+        is_param = lambda x: isinstance(x, nnx.Variable)
+        return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+    def place(self, params):
+        """The same tree on the devices of the mesh, each array as `stored` says."""
+        return jax.tree.map(jax.device_put, params, self.stored(params))
 
     def gather(self, params):
         """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole.
@@ -100,6 +148,15 @@ class Placement:
 
         is_param = lambda x: isinstance(x, nnx.Variable)
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+
+@functools.lru_cache
+def _with_rows_over(placement: Placement, axes: tuple[str, ...]) -> Placement:
+    """One object for equal arguments: rules are compared by identity in compiled programs."""
+    activations = placement.rules.activations | {Logical.BATCH: axes}
+    return dataclasses.replace(
+        placement, rules=dataclasses.replace(placement.rules, activations=activations)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

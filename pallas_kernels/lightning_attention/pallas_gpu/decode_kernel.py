@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import varying
 from pallas_kernels.lightning_attention.pallas_gpu.versions import load, store, swizzled_tiles
 
 # A row of a tile is then as long as the widest swizzle.
@@ -42,7 +43,11 @@ def steps(
         row = lax.axis_index("row")
         _step_block(q, k, v, decay, state.at[row], new.at[row], out, *scratch)
 
-    run = _kernel(body, (out, new), v_BTHV.shape, q_BTHK.shape[-1], interpret)
+    @varying.of_a_kernel
+    def run(*arrays):
+        run = _kernel(body, (out, new), v_BTHV.shape, q_BTHK.shape[-1], interpret)
+        return run(*map(varying.forget, arrays))
+
     return run(q_BTHK, k_BTHK, v_BTHV, jnp.exp(log_decay_H), state_BHKV)
 
 
