@@ -11,6 +11,7 @@ from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
 from hybrid_jax.config import training as train_config
 from hybrid_jax.data import Batch
+from hybrid_jax.inference import shapes, steps
 from hybrid_jax.model import flops
 from hybrid_jax.model.parallel import placement as placements
 from hybrid_jax.model.parallel.admission import Capacity
@@ -87,6 +88,31 @@ def _fill(config: model_config.ModelConfig, placement: placements.Placement) -> 
     return 1 / max(1.0, min(shares, placement.experts.capacity.per_device or shares))
 
 
+def _prefill(request: Request, config: model_config.ModelConfig, placement) -> Built:
+    """The last chunk of a prompt: the one that sees the whole context."""
+    chunk = min(request.chunk, request.seq)
+    tokens = request.batch * chunk
+    return Built(
+        steps.make_prefill_step(config, placement),
+        shapes.prefill_arguments(config, request.batch, chunk, request.seq, placement),
+        tokens,
+        _fill(config, placement),
+        tokens * flops.forward_flops(config, request.seq - chunk / 2, head=False)
+        + request.batch * 2.0 * config.hidden_dim * config.vocab_size,
+    )
+
+
+def _decode(request: Request, config: model_config.ModelConfig, placement) -> Built:
+    """One token of every row, at the end of its context."""
+    return Built(
+        steps.make_decode_step(config, placement),
+        shapes.decode_arguments(config, request.batch, request.seq, placement),
+        request.batch,
+        1.0,
+        request.batch * flops.forward_flops(config, request.seq),
+    )
+
+
 def _placed(abstract, shardings):
     return jax.tree.map(
         lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
@@ -95,4 +121,4 @@ def _placed(abstract, shardings):
     )
 
 
-_STEPS = {"train": _train}
+_STEPS = {"train": _train, "prefill": _prefill, "decode": _decode}

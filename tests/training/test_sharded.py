@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import math
+from collections import Counter
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +20,11 @@ from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import initial_state
 from hybrid_jax.training.step import make_train_step
 from sharding import rules as rules_lib
+from tests.model.parallel import collectives
 from tests.training import small
 
+# No parameter has a dim of LENGTH.
+ROWS, LENGTH = 8, 48
 _SIZES = {"vocab_size": small.VOCAB, "hidden_dim": 32, "num_heads": 4, "num_kv_heads": 2}
 _SIZES |= {"head_dim": 8, "rotary_dim": 8, "num_layers": 2}
 
@@ -47,19 +53,29 @@ MODELS = {"text-01": _text_01, "m2": _m2}
 
 def _batch(kind: str):
     """Documents and padding, or every row one document that no ids tell of."""
-    batch = small.random_batch(8, 32)
+    batch = small.random_batch(ROWS, LENGTH)
     if kind == "packed":
         return batch
-    time = np.broadcast_to(np.arange(32, dtype=np.int32), batch.tokens_BT.shape)
+    time = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), batch.tokens_BT.shape)
     ones = np.ones_like(batch.weights_BT)
     return batch._replace(segment_ids_BT=None, positions_BT=time, weights_BT=ones)
 
 
-def _update(model: str, kind: str, placement=None, remat: str = "none"):
-    """(state, metrics) after one update, on the host."""
+class Update(NamedTuple):
+    """What one update gave, on the host, and what its program exchanges."""
+
+    state: Any
+    metrics: dict
+    exchanged: list[collectives.Collective]
+
+
+@functools.cache
+def _update(model: str, kind: str, rules: str = "", mesh: str = "", remat: str = "none") -> Update:
+    """On one device where there are no rules."""
+    placement = placements.make(mesh, rules) if rules else None
     config = small.small_run(
         model=dataclasses.replace(MODELS[model](), remat=remat),
-        batch_size=8,
+        batch_size=ROWS,
         # With the usual 1e-8 a first update is the sign of the gradient; one that is all rounding
         # has none to agree on. So large, the update is a smooth function of the gradient.
         optimizer=t.AdamW(eps=1e-2),
@@ -72,11 +88,10 @@ def _update(model: str, kind: str, placement=None, remat: str = "none"):
     batch = _batch(kind)
     if placement is not None:
         batch = jax.device_put(batch, placement.sharding(*placements.ROWS))
-    state, metrics = step(state, batch)
-    return jax.device_get(state), jax.device_get(metrics)
+    program = step.lower(state, batch).compile()
+    state, metrics = jax.device_get(program(state, batch))
+    return Update(state, metrics, collectives.of(program))
 
-
-_on_one_device = functools.cache(_update)
 
 # Each takes ten seconds and more to compile: daily, every way to split something, once.
 _DAILY = [
@@ -122,8 +137,8 @@ _NIGHTLY = [
     [*_DAILY, *(pytest.param(*case, marks=pytest.mark.nightly) for case in _NIGHTLY)],
 )
 def test_an_update_is_the_same_wherever_it_is_computed(model, kind, rules, mesh, remat):
-    state, metrics = _update(model, kind, placements.make(mesh, rules), remat)
-    expected, expected_metrics = _on_one_device(model, kind)
+    state, metrics, _ = _update(model, kind, rules, mesh, remat)
+    expected, expected_metrics, _ = _update(model, kind)
     assert set(metrics) - set(expected_metrics) == {"expert_dropped_fraction", "expert_rows_max"}
     assert metrics["expert_dropped_fraction"] == 0
     for name, value in expected_metrics.items():
@@ -138,3 +153,77 @@ def test_an_update_is_the_same_wherever_it_is_computed(model, kind, rules, mesh,
 
 def test_every_preset_of_rules_is_compared():
     assert set(_OF_RULES) == set(rules_lib.PRESETS)
+
+
+def _gathered(model: str, kind: str, rules: str, mesh: str, remat: str) -> Counter:
+    """What an update gathers, by what it is: anything but these is named by its type."""
+    place = placements.make(mesh, rules)
+    sizes = place.shape.sizes
+    skeleton = Skeleton(dataclasses.replace(MODELS[model]()))
+    # As a layer uses them, without dims of 1.
+    parameters = set()
+    for name, axes in skeleton.axes.items():
+        shape = skeleton.abstract[name].shape[-len(axes) :]
+        spec = place.rules.used_parameter(axes, shape, place.shape, name)
+        parts = [math.prod(sizes[axis] for axis in (part or ())) for part in map(_axes, spec)]
+        parts += [1] * (len(shape) - len(parts))
+        parameters.add(tuple(n // p for n, p in zip(shape, parts, strict=True) if n // p > 1))
+    heads = _SIZES["num_heads"] // sizes["tensor"]
+    rows = ROWS // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    states = (sizes["sequence"], rows, heads, _SIZES["head_dim"], _SIZES["head_dim"])
+
+    def what(one: collectives.Collective) -> str:
+        dtype, _, dims = one.result.rstrip("]").partition("[")
+        shape = tuple(int(size) for size in dims.split(",") if int(size) > 1)
+        if dtype == "s32":
+            return "numbers"
+        if shape in parameters:
+            return "parameter"
+        if shape == states:
+            return "states"
+        if len(shape) == 2 and shape[1] == _SIZES["hidden_dim"]:
+            return "rows of experts"
+        return one.result
+
+    exchanged = _update(model, kind, rules, mesh, remat).exchanged
+    return Counter(what(one) for one in exchanged if one.kind == "all-gather")
+
+
+def _axes(part) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def test_split_rows_gather_states_and_rows_of_experts_and_no_activation():
+    found = _gathered(*_DAILY[2])
+    del found["numbers"], found["parameter"]
+    # One lightning layer, forward and backward. Two layers of experts, each there and back, both
+    # ways: a CPU gathers where chips exchange.
+    assert found == {"states": 2, "rows of experts": 8}
+
+
+def test_whole_parameters_are_gathered_and_gradients_of_the_largest_scattered():
+    assert set(_gathered(*_DAILY[0])) == {"parameter", "numbers"}
+    exchanged = _update(*_DAILY[0]).exchanged
+    scattered = Counter(one.result for one in exchanged if one.kind == "reduce-scatter")
+    # An eighth of D: experts of two layers, the embedding and the head. CPUs sum the gradients of
+    # the others whole.
+    assert scattered == {
+        "f32[8,4,2,16]": 2,
+        "f32[8,16,4]": 2,
+        f"f32[{small.VOCAB},4]": 1,
+        f"f32[4,{small.VOCAB}]": 1,
+    }
+    assert not [one for one in exchanged if one.kind == "collective-permute"]
+
+
+@pytest.mark.parametrize("case", _DAILY[1:], ids=" ".join)
+def test_no_logits_are_exchanged(case):
+    words = {small.VOCAB, small.VOCAB // 2}
+    shapes = [
+        [int(size) for size in one.result.rstrip("]").split("[")[1].split(",") if size]
+        for one in _update(*case).exchanged
+    ]
+    # Of all that has a dim of words, only the embedding and the head: with a part of D.
+    with_words = [shape for shape in shapes if words & set(shape)]
+    assert with_words
+    assert all(len(shape) == 2 and min(shape) <= 32 for shape in with_words)
