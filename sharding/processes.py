@@ -4,10 +4,12 @@ The engine is `jax.distributed`. Between programs, processes talk through its ke
 has no devices in it: one may work for an hour while the others wait.
 """
 
+import atexit
 import itertools
 import json
 import os
 import re
+import sys
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,8 +19,8 @@ import jax
 # One that is silent this long counts as dead, and the others end. A pause of a machine that moves
 # to another host takes seconds.
 HEARTBEAT_SECONDS = 60
-# From the end of the first process to that of the last: the first one writes for the others.
-_SHUTDOWN_SECONDS = 60
+# What one process refuses all refuse, and within this time.
+_PART_SECONDS = 5
 # Longer than any preparation; a dead process is noticed by its heartbeat.
 _WAIT_MS = 24 * 3600 * 1000
 
@@ -45,11 +47,7 @@ def start(environment: Mapping[str, str] | None = None) -> bool:
     if arguments is None or jax.distributed.is_initialized():
         return arguments is not None
     try:
-        jax.distributed.initialize(
-            **arguments,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-        )
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise OSError(
             f"The processes did not come together ({_words(arguments)}): {error} Start all of "
@@ -118,6 +116,27 @@ def all_pass(check: Callable[[], None]) -> None:
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ValueError(f"{errors[0]}{more}")
+
+
+def part(exit_code: int) -> None:
+    """Call when an error ends this process: it will exit with this code, the others or not.
+
+    If they end as well, it leaves with them. Otherwise they are in the midst of a computation: they
+    end when its heartbeat fails, at once if it is the first, and it does not wait for them.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier("hybrid_jax/part", _PART_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError:
+        # Before what JAX does at exit, which is to wait for all.
+        atexit.register(_exit, exit_code)
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _client():

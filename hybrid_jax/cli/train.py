@@ -84,6 +84,8 @@ def run(args: Args) -> int:
 
     Also 1 if the computation breaks off, as it does when another process ends.
     """
+    import jax
+
     from sharding import processes
 
     # Before anything asks for a device.
@@ -99,6 +101,19 @@ def run(args: Args) -> int:
     except training.Diverged as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        processes.part(1)
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"failed: {error}\nIf another process ended, its output says why. Continue from the "
+            f"newest checkpoint with:\n  {again}",
+            file=sys.stderr,
+        )
+        return 1
+    except BaseException as error:
+        processes.part(_exit_code(error))
+        raise
     if not processes.is_first():
         return 0
     if outcome.stopped_by is not None:
@@ -114,6 +129,13 @@ def run(args: Args) -> int:
             f"held-out tokens {outcome.unigram_entropy:.4f}."
         )
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """As `hybrid_jax.cli` has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) else 1
 
 
 def _source(argv: list[str], asks_help: bool) -> Source:
