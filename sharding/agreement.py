@@ -16,6 +16,7 @@ class Largest:
     def __init__(self, devices=None):
         devices = np.asarray(jax.devices() if devices is None else devices)
         mesh = jax.sharding.Mesh(devices, "devices")
+        self._on_cpu = devices[0].platform == "cpu"
         self._split = NamedSharding(mesh, PartitionSpec("devices"))
         self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._pending: jax.Array | None = None
@@ -27,6 +28,9 @@ class Largest:
         self._pending = self._largest(
             jax.make_array_from_callback(shape, self._split, lambda _: mine)
         )
+        if self._on_cpu:
+            # Programs that exchange wait there in threads of one pool, and many of them for ever.
+            self._pending.block_until_ready()
 
     def result(self) -> int:
         """The largest number handed in last; 0 before the first time."""
