@@ -158,10 +158,9 @@ def _base(source: Source, asks_help: bool) -> TrainConfig:
     if source.mesh is None and source.rules is None:
         return base
     # As without options: all devices on fsdp.
-    parallel = base.parallel or Parallel(mesh="fsdp=-1")
-    given = {"mesh": source.mesh, "rules": source.rules}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(base, parallel=dataclasses.replace(parallel, **given))
+    old = base.parallel or Parallel(mesh="fsdp=-1")
+    parallel = Parallel(mesh=source.mesh or old.mesh, rules=source.rules or old.rules)
+    return dataclasses.replace(base, parallel=parallel)
 
 
 def _stored(source: Source, asks_help: bool) -> TrainConfig:

@@ -80,9 +80,7 @@ def train(
 class Trainer:
     """The parts of one run, put together; `run` is the loop."""
 
-    def __init__(
-        self, config: TrainConfig, opened: Opened, progress, placement: Placement | None
-    ):
+    def __init__(self, config: TrainConfig, opened: Opened, progress, placement: Placement | None):
         self._config = config
         self._run = opened.run
         self._progress = progress

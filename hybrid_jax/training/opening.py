@@ -1,4 +1,4 @@
-"""A run opened by all of its processes: the first makes its files, the others wait and read them."""
+"""A run opened by all of its processes: the first makes its files, the others wait and read."""
 
 import contextlib
 import dataclasses

@@ -1,5 +1,4 @@
-"""From a run's configuration and the devices there are to a placement, refused before anything is
-written."""
+"""Where a run computes: a placement from its configuration and the devices there are."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,9 +15,7 @@ from hybrid_jax.training.state import shardings
 from sharding import Logical
 
 
-def choose(
-    config: TrainConfig, devices: Sequence, note: Callable[[str], None]
-) -> Placement | None:
+def choose(config: TrainConfig, devices: Sequence, note: Callable[[str], None]) -> Placement | None:
     """Where `config` computes on these devices; None for one device.
 
     Without `config.parallel`, fsdp over all of them, or over as many as rows and widths divide by
@@ -27,10 +24,10 @@ def choose(
     """
     parallel = config.parallel
     if parallel is None:
+        parallel, given = Parallel(mesh="fsdp=-1"), len(devices)
         devices = _usable(config, devices)
-        parallel = Parallel(mesh="fsdp=-1")
-        if len(devices) > 1:
-            note(_note(len(devices), len(jax.devices())))
+        if given > 1:
+            note(_note(len(devices), given))
     placement = placements.make(parallel.mesh, parallel.rules, devices)
     if placement.shape.devices == 1:
         return None
@@ -49,10 +46,13 @@ def _usable(config: TrainConfig, devices: Sequence) -> Sequence:
     return devices[: math.gcd(len(devices), rows, config.model.hidden_dim)]
 
 
-def _note(used: int, all_devices: int) -> str:
-    count = f"{used} devices" if used == all_devices else f"{used} of {all_devices} devices"
-    why = "" if used == all_devices else "; rows or widths do not divide by more"
-    return f"Using {count}, as --mesh fsdp={used} --rules fsdp would{why}."
+def _note(used: int, given: int) -> str:
+    if used == given:
+        return f"Using all {given} devices, on the axis fsdp; --mesh chooses otherwise."
+    return (
+        f"Using {used} of {given} devices, on the axis fsdp: rows or widths do not divide by more. "
+        "Choose another --batch-size or --mesh to use all."
+    )
 
 
 def _check_rows(config: TrainConfig, placement: Placement) -> None:

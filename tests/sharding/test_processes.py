@@ -97,7 +97,10 @@ def test_half_an_environment_is_refused_with_what_is_missing(environment, messag
     [
         ({"worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2"}, "gcetpu"),
         ({"worker-network-endpoints": "a"}, None),
-        ({"worker-network-endpoints": "a", "tpu-env": "X: 'y'\nMEGASCALE_NUM_SLICES: '2'"}, "gcetpu"),
+        (
+            {"worker-network-endpoints": "a", "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'"},
+            "gcetpu",
+        ),
         ({}, None),
     ],
 )

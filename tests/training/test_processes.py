@@ -1,4 +1,4 @@
-"""Two real processes train one run: stopped, killed, and continued by one process on another mesh."""
+"""Two real processes train one run: stopped, killed, and continued by one on another mesh."""
 
 import dataclasses
 import io

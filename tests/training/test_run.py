@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hybrid_jax import data, training
+from hybrid_jax import data
 from hybrid_jax.training import run as run_lib
 from scripts import quickstart
 from tests.training import small
