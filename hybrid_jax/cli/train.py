@@ -159,7 +159,10 @@ def _base(source: Source, asks_help: bool) -> TrainConfig:
         return base
     # As without options: all devices on fsdp.
     old = base.parallel or Parallel(mesh="fsdp=-1")
-    parallel = Parallel(mesh=source.mesh or old.mesh, rules=source.rules or old.rules)
+    parallel = Parallel(
+        mesh=old.mesh if source.mesh is None else source.mesh,
+        rules=old.rules if source.rules is None else source.rules,
+    )
     return dataclasses.replace(base, parallel=parallel)
 
 
