@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ import jax
 # One that is silent this long counts as dead, and the others end. A pause of a machine that moves
 # to another host takes seconds.
 HEARTBEAT_SECONDS = 60
+# Whoever waits longer than this for the others says so.
+_SAY_SECONDS = 20
 # What one process refuses all refuse, and within this time.
 _PART_SECONDS = 5
 # Longer than any preparation; a dead process is noticed by its heartbeat.
@@ -34,12 +37,17 @@ _names = itertools.count()
 def start(environment: Mapping[str, str] | None = None) -> bool:
     """Join the other processes, if there are any; whether there are. Before any use of a device.
 
-    Raises ValueError for variables that are half given or make no sense, OSError if the others
-    cannot be reached within five minutes.
+    Raises ValueError for variables that are half given or make no sense, OSError if it cannot open
+    or find the address. If the others do not come within five minutes, JAX aborts this process.
     """
     arguments = find(os.environ if environment is None else environment)
     if arguments is None or jax.distributed.is_initialized():
         return arguments is not None
+    words = f"Waiting for the other processes ({_words(arguments)}) ..."
+    shown = {"file": sys.stderr, "flush": True}
+    waiting = threading.Timer(_SAY_SECONDS, print, [words], shown)
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -47,6 +55,8 @@ def start(environment: Mapping[str, str] | None = None) -> bool:
             f"The processes did not come together ({_words(arguments)}): {error} Start all of "
             "them, with the same address, and look whether one has ended with an error."
         ) from error
+    finally:
+        waiting.cancel()
     return True
 
 

@@ -137,6 +137,18 @@ def test_processes_agree_and_what_one_refuses_all_refuse(tmp_path):
     assert said[1] == ["made by 0 4 False", "error: not here"]
 
 
+def test_who_waits_for_others_says_for_whom(tmp_path):
+    wait = "from sharding import processes as p; p._SAY_SECONDS = 0; p.start()"
+    (process,) = together.start(1, 1, ["-c", wait], tmp_path, {"JAX_NUM_PROCESSES": "2"})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not together.lines(tmp_path, 0):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (said,) = together.lines(tmp_path, 0)
+    assert "Waiting for the other processes (process 0 of 2, process 0 at localhost:" in said
+
+
 def test_an_error_of_the_first_process_is_told_to_all(tmp_path):
     codes, said, _ = ended("first_fails", tmp_path)
     assert codes == [2, 2]
