@@ -10,6 +10,7 @@ import typing
 import tyro
 
 from hybrid_jax.config import presets, recipes, text
+from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.config.training import TrainConfig
 
 
@@ -25,8 +26,14 @@ class Source:
     """Text to learn from: a directory, a file or a glob. The same as --data.path."""
     config: pathlib.Path | None = None
     """YAML file with a whole configuration, such as another run's config.yaml."""
+    mesh: str | None = None
+    """Devices by axis, e.g. data=2,fsdp=4: data, fsdp, expert, sequence, tensor, and slices. Left
+    out, all devices are on fsdp."""
+    rules: str | None = None
+    """What is split over the axes: fsdp, fsdp_tensor, expert, long_context or serve."""
     resume: bool = False
-    """Continue the run in OUT from its newest checkpoint; only --steps may differ from before."""
+    """Continue the run in OUT from its newest checkpoint; only --steps, --mesh and --rules may
+    differ from before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,12 @@ class Args(Source):
     chooses one: --schedule.decay.kind Linear, --loss.balance.kind HuggingFaceBalance. Defaults
     below are those of --preset or --config.
 
-    Exit code 0: done, or ended on request; 1: the loss is not a number any more; 2: bad input.
+    Several processes train one run if each is started with the same options, OUT on a file system
+    that all share, and in its environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or SLURM's variables, or those of a TPU pod, of GKE or of several slices.
+
+    Exit code 0: done, or ended on request; 1: the loss is not a number any more, or another process
+    ended; 2: bad input.
     """
 
     train: typing.Annotated[TrainConfig, tyro.conf.arg(name="")] = tyro.MISSING
@@ -68,7 +80,16 @@ def parse(argv: list[str]) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train; 0 when done or stopped on request, 1 if the loss is not a number any more."""
+    """Train; 0 when done or stopped on request, 1 if the loss is not a number any more.
+
+    Also 1 if the computation breaks off, as it does when another process ends.
+    """
+    import jax
+
+    from sharding import processes
+
+    # Before anything asks for a device.
+    processes.start()
     from hybrid_jax import training
 
     if "HYBRID_JAX_TRACEBACK" not in os.environ:
@@ -80,6 +101,21 @@ def run(args: Args) -> int:
     except training.Diverged as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        processes.part(1)
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"failed: {error}\nIf another process ended, its output says why. Continue from the "
+            f"newest checkpoint with:\n  {again}",
+            file=sys.stderr,
+        )
+        return 1
+    except BaseException as error:
+        processes.part(_exit_code(error))
+        raise
+    if not processes.is_first():
+        return 0
     if outcome.stopped_by is not None:
         print(
             f"Stopped by {outcome.stopped_by} after step {outcome.step}; nothing is lost. "
@@ -95,8 +131,15 @@ def run(args: Args) -> int:
     return 0
 
 
+def _exit_code(error: BaseException) -> int:
+    """As `hybrid_jax.cli` has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) else 1
+
+
 def _source(argv: list[str], asks_help: bool) -> Source:
-    """--out, --preset, --data, --config and --resume; everything else is read later."""
+    """The options of `Source`; everything else is read later."""
     if asks_help:
         argv = ["--out", "OUT", *argv]
     source, _ = tyro.cli(
@@ -111,6 +154,20 @@ def _source(argv: list[str], asks_help: bool) -> Source:
 
 def _base(source: Source, asks_help: bool) -> TrainConfig:
     """The configuration that single options change."""
+    base = _stored(source, asks_help)
+    if source.mesh is None and source.rules is None:
+        return base
+    # As without options: all devices on fsdp.
+    old = base.parallel or Parallel(mesh="fsdp=-1")
+    parallel = Parallel(
+        mesh=old.mesh if source.mesh is None else source.mesh,
+        rules=old.rules if source.rules is None else source.rules,
+    )
+    return dataclasses.replace(base, parallel=parallel)
+
+
+def _stored(source: Source, asks_help: bool) -> TrainConfig:
+    """What --preset, --config or --resume names, with --data in its place."""
     if source.resume and not asks_help:
         from hybrid_jax.training.run import RunDirectory
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hybrid_jax.config import model as model_lib
+from hybrid_jax.config.parallel import Parallel
 
 
 def _check(config, minimum, *names: str, strict: bool = False) -> None:
@@ -211,7 +212,7 @@ class TrainConfig:
     steps: int
     """Optimiser updates in all."""
     batch_size: int = 8
-    """Windows an update, over all hosts and accumulation rounds."""
+    """Windows an update, over all processes and accumulation rounds."""
     accumulate: int = 1
     """Rounds one batch is split into; less memory, the same update."""
     schedule: Schedule = Schedule()
@@ -226,6 +227,8 @@ class TrainConfig:
     """When the held-out loss is measured."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
+    parallel: Parallel | None = None
+    """Mesh of devices and rules; None: all devices over fsdp, or the only one there is."""
 
     def __post_init__(self):
         _check(self, 1, "steps", "batch_size", "accumulate")

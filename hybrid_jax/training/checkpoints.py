@@ -2,6 +2,7 @@
 
 RUN/checkpoints/<step>/ holds two Orbax trees, `params` (by dotted name) and `optimizer`, and as its
 metadata the position in the data. A directory appears by one rename, so what is listed is whole.
+With several processes each writes and reads the parts of its devices; all take part in every call.
 """
 
 import contextlib
@@ -9,10 +10,10 @@ import pathlib
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.training.state import TrainState, place
+from hybrid_jax.training.state import TrainState
 
 
 class Restored(NamedTuple):
@@ -88,11 +89,19 @@ class CheckpointStore:
             ) from error
 
     def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
-        """The state at `step` (None: the newest); ValueError if it does not fit `abstract`."""
+        """The state at `step` (None: the newest); ValueError if it does not fit `abstract`.
+
+        Arrays go where `abstract` says, else to the first device, wherever they were when stored.
+        """
         step = self._pick(step)
         trees = self._load(step, {"params": abstract.params, "optimizer": abstract.optimizer})
         progress = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        state = place(TrainState(jnp.int32(step), trees["params"], trees["optimizer"]))
+        # Bound like the rest: a resumed run then compiles the very program the first one did, and
+        # finds it in JAX's compilation cache.
+        count = jax.make_array_from_callback(
+            (), _placed(abstract.step).sharding, lambda _: np.array(step, np.int32)
+        )
+        state = TrainState(count, trees["params"], trees["optimizer"])
         return Restored(state, progress["position"], progress["fingerprint"])
 
     def restore_params(self, abstract: dict, step: int | None = None) -> dict[str, jax.Array]:
@@ -111,7 +120,7 @@ class CheckpointStore:
         return step
 
     def _load(self, step: int, abstract: dict) -> dict:
-        placed = jax.tree.map(_on_first_device, abstract)
+        placed = jax.tree.map(_placed, abstract)
         try:
             return self._checkpointer.load_checkpointables(step, placed)
         except (ValueError, KeyError, OSError) as error:
@@ -122,6 +131,9 @@ class CheckpointStore:
             ) from error
 
 
-def _on_first_device(leaf) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _placed(leaf) -> jax.ShapeDtypeStruct:
+    """`leaf` with a place to go to: its own, or the first device."""
+    if leaf.sharding is not None:
+        return leaf
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)

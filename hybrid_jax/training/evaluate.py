@@ -3,15 +3,16 @@
 import jax
 
 from hybrid_jax.data import WindowIndex, evaluation_batches
+from hybrid_jax.training.feed import Feed
 from hybrid_jax.training.parameters import Named
 
 
 def heldout_loss(
-    evaluation_step, params: Named, windows: WindowIndex, batch_size: int, limit: int | None = None
+    evaluation_step, params: Named, windows: WindowIndex, feed: Feed, limit: int | None = None
 ) -> float:
     """Mean nats a token over `windows`: all of them, or `limit` batches spread over the text."""
     total, count = 0.0, 0.0
-    for batch in evaluation_batches(windows, batch_size, limit):
-        nll, weight = jax.device_get(evaluation_step(params, batch))
+    for batch in evaluation_batches(windows, feed.num_rows, limit, feed.rows):
+        nll, weight = jax.device_get(evaluation_step(params, feed.place(batch)))
         total, count = total + float(nll), count + float(weight)
     return total / count

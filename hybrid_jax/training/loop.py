@@ -1,22 +1,30 @@
 """The loop: next batch, update, log, store, evaluate; stopped by request and continued exactly."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import time
+from collections.abc import Sequence
 
 import jax
 
 from hybrid_jax import data as data_lib
 from hybrid_jax import observe
 from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.training import placing
 from hybrid_jax.training import run as run_lib
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.evaluate import heldout_loss
+from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.opening import Opened, open_run
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import TrainState, abstract_state, initial_state
 from hybrid_jax.training.step import make_evaluation_step, make_train_step
 from hybrid_jax.training.stop import StopSignal
+from sharding import processes
 
 
 class Diverged(Exception):
@@ -32,85 +40,99 @@ class Outcome:
     stopped_by: str | None
     """Name of the signal that ended it early, if one did."""
     heldout_loss: float | None
-    """Nats a token over all held-out text at the end; None if stopped or if nothing is held out."""
+    """Nats a token over all held-out text at the end; None if stopped or if nothing is held out.
+    This and the entropy are known in the first process only."""
     unigram_entropy: float | None
     """Entropy in nats of the held-out targets' own distribution."""
 
 
-def train(config: TrainConfig, path, *, resume: bool = False, stream=None) -> Outcome:
+def train(
+    config: TrainConfig,
+    path,
+    *,
+    resume: bool = False,
+    stream=None,
+    devices: Sequence | None = None,
+) -> Outcome:
     """Run `config` in the directory `path` until its last step or until a signal asks to stop.
 
     SIGINT and SIGTERM end the run after the step at hand with a checkpoint; a run continued with
-    `resume=True` computes exactly what it would have without the interruption. Progress goes to
-    `stream` (default: standard output).
+    `resume=True` computes exactly what it would have without the interruption, or, on other devices
+    or another mesh, the same but for rounding. Progress goes to `stream` (default: standard
+    output). `devices` are those to compute on (default: all; several processes always take all).
+
+    Every process of a computation that was joined with `sharding.processes.start` calls this with
+    the same arguments; `path` is one directory for all, which the first one writes.
 
     Raises ValueError or OSError for bad input, `Diverged` if the loss stops being a number.
     """
-    with observe.Progress(config.steps, stream=stream) as progress, StopSignal() as stop:
-        if resume:
-            directory = run_lib.resume(config, path)
-            documents = lambda: run_lib.read_documents(config.data, progress.note)
-        else:
-            # Read first: a mistyped path must not leave a directory behind.
-            found = run_lib.read_documents(config.data, progress.note)
-            documents = lambda: found
-            directory = run_lib.begin(config, path)
-        with directory as run:
-            tokens = run_lib.prepare_tokens(config, run, documents, progress.note)
-            return Trainer(config, run, tokens, progress).run(stop)
+    devices = jax.devices() if devices is None else devices
+    with contextlib.ExitStack() as held:
+        if not processes.is_first():
+            stream = held.enter_context(open(os.devnull, "w"))
+        progress = held.enter_context(observe.Progress(config.steps, stream=stream))
+        stop = held.enter_context(StopSignal())
+        placement = placing.choose(config, devices, progress.note)
+        with open_run(config, path, resume=resume, note=progress.note) as opened:
+            return Trainer(config, opened, progress, placement).run(stop)
 
 
 class Trainer:
     """The parts of one run, put together; `run` is the loop."""
 
-    def __init__(self, config: TrainConfig, run, tokens: run_lib.Tokens, progress):
+    def __init__(self, config: TrainConfig, opened: Opened, progress, placement: Placement | None):
         self._config = config
-        self._run = run
+        self._run = opened.run
         self._progress = progress
+        self._placement = placement
         self._skeleton = Skeleton(config.model)
         self._optimizer = Optimizer(config, self._skeleton.axes)
-        self._train_step = make_train_step(config, self._skeleton, self._optimizer)
-        self._evaluation_step = make_evaluation_step(config, self._skeleton)
+        parts = (config, self._skeleton, self._optimizer, placement)
+        self._train_step = make_train_step(*parts)
+        self._evaluation_step = make_evaluation_step(config, self._skeleton, placement)
         length = config.data.sequence_length
-        windows = data_lib.WindowIndex(tokens.training, length, config.seed)
+        self._feed = Feed(placement, config.batch_size, length)
+        windows = data_lib.WindowIndex(opened.tokens.training, length, config.seed)
         self._batches = data_lib.Batches(
-            windows,
-            config.batch_size,
-            seed=config.seed,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            windows, config.batch_size, seed=config.seed, rows=self._feed.rows
         )
-        self._fingerprint = tokens.training.fingerprint()
+        self._fingerprint = opened.fingerprint
         self._heldout = None
         self._unigram_entropy = None
-        if tokens.heldout is not None:
+        if opened.tokens.heldout is not None:
             # In the store's order: evaluation does not depend on the seed.
-            self._heldout = data_lib.WindowIndex(tokens.heldout, length, seed=None)
-            self._unigram_entropy = data_lib.unigram_entropy(self._heldout.all_targets())
+            self._heldout = data_lib.WindowIndex(opened.tokens.heldout, length, seed=None)
+            rows = config.batch_size // config.accumulate
+            self._heldout_feed = Feed(placement, rows, length)
+            if processes.is_first():
+                self._unigram_entropy = data_lib.unigram_entropy(self._heldout.all_targets())
 
     def run(self, stop: StopSignal) -> Outcome:
         """Continue from the newest checkpoint, or begin."""
         config = self._config
         with CheckpointStore(self._run.checkpoints, config.checkpoints.keep) as checkpoints:
             state = self._starting_state(checkpoints)
-            # Only now: a resume that is refused changes nothing.
-            run_lib.store_config(self._run, config)
+            if processes.is_first():
+                # Only now: a resume that is refused changes nothing.
+                run_lib.store_config(self._run, config)
             step = int(state.step)
             self._progress.start(step)
             self._progress.note("Compiling the update; the first step takes longer ...")
-            batch, position = next(self._batches), self._batches.position
-            with observe.MetricsFile(self._run.metrics, keep_until_step=step) as metrics:
+            batch, position = self._next_batch(), self._batches.position
+            with self._metrics_file(step) as metrics:
                 while step < config.steps and stop.name is None:
                     begin = time.monotonic()
+                    stop.ask()
                     state, values = self._train_step(state, batch)
                     position = self._batches.position
                     # Fetched while the device computes; its position counts from the next step on.
-                    batch = next(self._batches)
+                    batch = self._next_batch()
                     step += 1
                     record = self._record(step, values, begin, checkpoints)
                     if self._is_time(step, config.evaluation.every) or step == config.steps:
                         self._evaluate(state, step, record)
-                    metrics.append(record)
+                    if metrics is not None:
+                        metrics.append(record)
                     self._progress.update(step, record["loss"], record["tokens_per_second"])
                     if self._is_time(step, config.checkpoints.every) or step == config.steps:
                         checkpoints.save(step, state, position, self._fingerprint)
@@ -119,10 +141,20 @@ class Trainer:
             checkpoints.wait()
         return self._finish(step, stop.name)
 
+    def _next_batch(self):
+        return self._feed.place(next(self._batches))
+
+    def _metrics_file(self, step: int):
+        """The run's metrics from `step` on; None in processes that do not write."""
+        if not processes.is_first():
+            return contextlib.nullcontext()
+        return observe.MetricsFile(self._run.metrics, keep_until_step=step)
+
     def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
         if checkpoints.latest_step is None:
-            return initial_state(self._config, self._skeleton, self._optimizer)
-        restored = checkpoints.restore(abstract_state(self._skeleton, self._optimizer))
+            return initial_state(self._config, self._skeleton, self._optimizer, self._placement)
+        abstract = abstract_state(self._skeleton, self._optimizer, self._placement)
+        restored = checkpoints.restore(abstract)
         if restored.fingerprint != self._fingerprint:
             raise ValueError(
                 f"The checkpoint belongs to other data than {self._run.tokens} holds (fingerprint "
@@ -166,14 +198,14 @@ class Trainer:
             return
         last = step == self._config.steps
         limit = None if last else self._config.evaluation.batches
-        rows = self._config.batch_size // self._config.accumulate
         record["heldout_loss"] = heldout_loss(
-            self._evaluation_step, state.params, self._heldout, rows, limit
+            self._evaluation_step, state.params, self._heldout, self._heldout_feed, limit
         )
 
     def _finish(self, step: int, stopped_by: str | None) -> Outcome:
         """Draw the curve and say how it ended."""
-        records = observe.read_metrics(self._run.metrics)
+        # What the first process has written, other machines may not see yet.
+        records = observe.read_metrics(self._run.metrics) if processes.is_first() else []
         if records:
             observe.draw_losses(
                 records,

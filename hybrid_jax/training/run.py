@@ -91,20 +91,22 @@ def begin(config: TrainConfig, path):
 
 @contextlib.contextmanager
 def resume(config: TrainConfig, path):
-    """The directory of a run that `config` continues, locked; only `steps` may have changed.
+    """The directory of a run that `config` continues, locked.
 
-    Raises FileNotFoundError if there is no run, ValueError listing what differs, BlockingIOError
-    if another process holds it. The new `steps` are not stored yet: they may be refused.
+    Only `steps` and `parallel` may have changed. Raises FileNotFoundError if there is no run,
+    ValueError listing what differs, BlockingIOError if another process holds it. What is new is not
+    stored yet: it may be refused.
     """
     run = RunDirectory(pathlib.Path(path))
     stored = run.read_config()
+    wanted = dataclasses.replace(config, steps=stored.steps, parallel=stored.parallel)
     differences = [
-        f"  {old.strip()}  (now: {new.strip()})"
-        for old, new in _changed_lines(stored, dataclasses.replace(config, steps=stored.steps))
+        f"  {old.strip()}  (now: {new.strip()})" for old, new in _changed_lines(stored, wanted)
     ]
     if differences:
         raise ValueError(
-            f"{run.path} was begun with another configuration; only steps may change on --resume:\n"
+            f"{run.path} was begun with another configuration; only steps and parallel may change "
+            "on --resume:\n"
             + "\n".join(differences)
             + "\nLeave those options out, or start a new run with another --out."
         )
@@ -190,12 +192,19 @@ def prepare_tokens(
     """
     if not (run.tokens / "training.json").exists():
         _tokenise(config, run, documents(), note)
+    tokens = load_tokens(run)
+    tokens.training.check_vocabulary(config.model.vocab_size, "training text")
+    if tokens.heldout is not None:
+        tokens.heldout.check_vocabulary(config.model.vocab_size, "held-out text")
+    return tokens
+
+
+def load_tokens(run: RunDirectory) -> Tokens:
+    """What `prepare_tokens` made. Raises ValueError if it is missing or damaged."""
     training = store_lib.TokenStore.load(run.tokens, "training")
-    training.check_vocabulary(config.model.vocab_size, "training text")
     heldout = None
     if (run.tokens / "heldout.json").exists():
         heldout = store_lib.TokenStore.load(run.tokens, "heldout")
-        heldout.check_vocabulary(config.model.vocab_size, "held-out text")
     return Tokens(training, heldout)
 
 

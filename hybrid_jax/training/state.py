@@ -67,8 +67,20 @@ def shardings(skeleton: Skeleton, optimizer: Optimizer, placement: Placement) ->
     return jax.tree_util.tree_map_with_path(one, abstract_state(skeleton, optimizer))
 
 
-def abstract_state(skeleton: Skeleton, optimizer: Optimizer) -> TrainState:
-    """Shapes and dtypes of `initial_state`; allocates nothing."""
-    return jax.eval_shape(
+def abstract_state(
+    skeleton: Skeleton, optimizer: Optimizer, placement: Placement | None = None
+) -> TrainState:
+    """Shapes and dtypes of `initial_state`, and where they live if there is a placement.
+
+    Allocates nothing.
+    """
+    state = jax.eval_shape(
         lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), skeleton.abstract
+    )
+    if placement is None:
+        return state
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(skeleton, optimizer, placement),
     )

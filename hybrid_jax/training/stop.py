@@ -3,16 +3,22 @@
 import signal
 import threading
 
+import jax
+
+from sharding.agreement import Largest
+
 
 class StopSignal:
-    """While active, SIGINT and SIGTERM set `name` instead of killing; a second one interrupts.
+    """While active, SIGINT and SIGTERM ask for an end instead of killing; a second one interrupts.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    With several processes a signal to any of them ends all after the same step. Outside the main
+    thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self):
-        self.name: str | None = None
+        self._number = 0
         self._former: dict = {}
+        self._agreement = Largest() if jax.process_count() > 1 else None
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -24,7 +30,18 @@ class StopSignal:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    def ask(self) -> None:
+        """Once a step, before its update: tell the other processes whether a signal came."""
+        if self._agreement is not None:
+            self._agreement.hand_in(self._number)
+
+    @property
+    def name(self) -> str | None:
+        """The signal that asks to end, or None; with several processes, as of the last `ask`."""
+        number = self._number if self._agreement is None else self._agreement.result()
+        return signal.Signals(number).name if number else None
+
     def _handle(self, number, frame):
-        if self.name is not None:
+        if self._number:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._number = number

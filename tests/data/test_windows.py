@@ -84,15 +84,18 @@ def test_batches_shuffle_each_epoch_and_continue_from_a_position(windows):
     )
 
 
-def test_the_rows_of_a_batch_do_not_depend_on_the_number_of_hosts(windows):
+def test_the_rows_of_a_batch_do_not_depend_on_who_reads_them(windows):
     whole = data.Batches(windows, 4, seed=1)
-    hosts = [data.Batches(windows, 4, seed=1, host=h, num_hosts=2) for h in range(2)]
+    parts = {rows: data.Batches(windows, 4, seed=1, rows=rows) for rows in ((0, 3), (1,))}
     for _ in range(5):
-        rows = sorted(next(whole).tokens_BT.tolist())
-        parts = [next(host).tokens_BT.tolist() for host in hosts]
-        assert sorted(parts[0] + parts[1]) == rows
-    with pytest.raises(ValueError, match=r"batch_size=4 must be a multiple .* 3"):
-        data.Batches(windows, 4, seed=1, num_hosts=3)
+        tokens_BT = next(whole).tokens_BT
+        for rows, batches in parts.items():
+            np.testing.assert_array_equal(next(batches).tokens_BT, tokens_BT[list(rows)])
+    wanted = [batch.weights_BT for batch in data.evaluation_batches(windows, 4)]
+    for rows in parts:
+        found = data.evaluation_batches(windows, 4, rows=rows)
+        for weights_BT, batch in zip(wanted, found, strict=True):
+            np.testing.assert_array_equal(batch.weights_BT, weights_BT[list(rows)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,9 +1,13 @@
 """A model and runs small enough to train in seconds, shared by the tests of training."""
 
 import dataclasses
+import io
+import os
 
+import jax
 import numpy as np
 
+from hybrid_jax import training
 from hybrid_jax.config import layers, model
 from hybrid_jax.config import training as t
 from hybrid_jax.config.presets import own
@@ -12,7 +16,7 @@ from hybrid_jax.data import Batch
 VOCAB = 320
 
 
-def small_model(**changes) -> model.ModelConfig:
+def small_model(num_kv_heads: int = 1, **changes) -> model.ModelConfig:
     """Both mixers and a mixture of experts in two layers."""
     config = own.hybrid(
         "small",
@@ -20,7 +24,7 @@ def small_model(**changes) -> model.ModelConfig:
         hidden_dim=32,
         num_layers=2,
         num_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=num_kv_heads,
         head_dim=16,
         rotary_dim=16,
         ffn=layers.MoeFfn(
@@ -43,6 +47,24 @@ def small_run(path="unused", **changes) -> t.TrainConfig:
         evaluation=t.Evaluation(every=4, batches=1),
     )
     return dataclasses.replace(config, **changes)
+
+
+def train(config, path, **options) -> training.Outcome:
+    """`training.train` on one of the simulated devices unless told otherwise."""
+    return training.train(config, path, **{"devices": jax.devices()[:1]} | options)
+
+
+class Interrupting(io.StringIO):
+    """An output that sends this process a signal when a note or line says `when`."""
+
+    def __init__(self, when: str, number):
+        super().__init__()
+        self._when, self._number = when, number
+
+    def write(self, words):
+        if self._when in words:
+            os.kill(os.getpid(), self._number)
+        return super().write(words)
 
 
 def write_text(folder, documents: int = 12):

@@ -6,6 +6,7 @@ from hybrid_jax import cli
 from hybrid_jax.cli import train
 from hybrid_jax.config import recipes, text
 from hybrid_jax.config import training as t
+from hybrid_jax.config.parallel import Parallel
 from tests.training import small
 
 
@@ -60,6 +61,21 @@ def test_a_file_is_the_default_that_options_change(tmp_path):
         parsed(*source, "--preset", "nano")
 
 
+def test_a_mesh_is_two_short_options_and_a_resume_may_change_it(tmp_path):
+    new = ("--preset", "nano", "--data", "text")
+    assert parsed(*new).parallel is None
+    assert parsed(*new, "--mesh", "data=2,fsdp=4").parallel == Parallel(mesh="data=2,fsdp=4")
+    rules = parsed(*new, "--rules", "expert").parallel
+    assert rules == Parallel(mesh="fsdp=-1", rules="expert")
+    (tmp_path / "run").mkdir()
+    text.write_yaml(
+        small.small_run("text", parallel=rules, steps=5), tmp_path / "run" / "config.yaml"
+    )
+    argv = ["--out", str(tmp_path / "run"), "--resume", "--mesh", "expert=2", "--steps", "9"]
+    resumed = train.parse(argv).train
+    assert resumed.parallel == Parallel(mesh="expert=2", rules="expert") and resumed.steps == 9
+
+
 def test_bad_input_exits_with_2_and_a_way_out(capsys, tmp_path):
     out = ("--out", tmp_path / "run")
     said = failing(capsys, *out, "--preset", "nanno", "--data", "x")
@@ -74,6 +90,7 @@ def test_bad_input_exits_with_2_and_a_way_out(capsys, tmp_path):
         capsys, *some, "--seed", str(2**32)
     )
     assert "multiple of accumulate=3" in failing(capsys, *some, "--accumulate", "3")
+    assert "Did you mean 'tensor'" in failing(capsys, *some, "--mesh", "tensr=2")
     assert not (tmp_path / "run").exists()
 
 
@@ -82,5 +99,17 @@ def test_help_names_fields_and_exit_codes(capsys):
         cli.main(["train", "--help"])
     assert stop.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("--optimizer.weight-decay", "--loss.balance.coefficient", "Exit code 0"):
+    for words in (
+        "--optimizer.weight-decay",
+        "--loss.balance.coefficient",
+        "Exit code 0",
+        "--mesh",
+        "JAX_PROCESS_ID",
+    ):
         assert words in said
+
+
+def test_half_an_environment_of_processes_is_bad_input(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    some = ("--out", tmp_path / "run", "--preset", "nano", "--data", tmp_path)
+    assert "JAX_NUM_PROCESSES missing from the environment" in failing(capsys, *some)

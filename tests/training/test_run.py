@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from hybrid_jax import data, training
+from hybrid_jax import data
 from hybrid_jax.training import run as run_lib
 from scripts import quickstart
 from tests.training import small
 
 
 def _start(config, path):
-    return training.train(config, path, stream=io.StringIO())
+    return small.train(config, path, stream=io.StringIO())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_torn_tokenizer_says_how_to_go_on(tmp_path):
     with run_lib.begin(config, tmp_path / "run") as run:
         run.tokenizer.write_text("{")
     with pytest.raises(ValueError, match=r"not a tokenizer.json: .*Delete it to have one made"):
-        training.train(config, run.path, resume=True, stream=io.StringIO())
+        small.train(config, run.path, resume=True, stream=io.StringIO())
 
 
 def test_the_quickstart_replaces_leftovers_of_a_run_and_nothing_else(tmp_path):

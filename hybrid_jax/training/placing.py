@@ -1,0 +1,90 @@
+"""Where a run computes: a placement from its configuration and the devices there are."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.model.parallel import placement as placements
+from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.training.optimizer import Optimizer
+from hybrid_jax.training.parameters import Skeleton
+from hybrid_jax.training.state import shardings
+from sharding import Logical
+
+
+def choose(config: TrainConfig, devices: Sequence, note: Callable[[str], None]) -> Placement | None:
+    """Where `config` computes on these devices; None for one device.
+
+    Without `config.parallel`, fsdp over all of them, or over as many as rows and widths divide by
+    where one process has them all; `note` says so. Raises ValueError, with the numbers, if the mesh
+    does not multiply out, or rows, tokens or parameters do not divide by it.
+    """
+    parallel = config.parallel
+    if parallel is None:
+        parallel, given = Parallel(mesh="fsdp=-1"), len(devices)
+        devices = _usable(config, devices)
+        if given > 1:
+            note(_note(len(devices), given))
+    placement = placements.make(parallel.mesh, parallel.rules, devices)
+    if placement.shape.devices == 1:
+        return None
+    _check_rows(config, placement)
+    _check_tokens(config, placement)
+    skeleton = Skeleton(config.model)
+    shardings(skeleton, Optimizer(config, skeleton.axes), placement)
+    return placement
+
+
+def _usable(config: TrainConfig, devices: Sequence) -> Sequence:
+    """As many as divide a round's rows and the model's width; all, where processes share them."""
+    if jax.process_count() > 1:
+        return devices
+    rows = config.batch_size // config.accumulate
+    return devices[: math.gcd(len(devices), rows, config.model.hidden_dim)]
+
+
+def _note(used: int, given: int) -> str:
+    if used == given:
+        return f"Using all {given} devices, on the axis fsdp; --mesh chooses otherwise."
+    return (
+        f"Using {used} of {given} devices, on the axis fsdp: rows or widths do not divide by more. "
+        "Choose another --batch-size or --mesh to use all."
+    )
+
+
+def _check_rows(config: TrainConfig, placement: Placement) -> None:
+    split = _split(placement, Logical.BATCH)
+    rows = config.batch_size // config.accumulate
+    if rows % math.prod(split.values()):
+        raise ValueError(
+            f"batch_size={config.batch_size} in accumulate={config.accumulate} rounds gives "
+            f"{rows} rows, which do not divide by {_product(split)} of the mesh "
+            f"{placement.shape}. Choose a batch size that is a multiple of "
+            f"{config.accumulate * math.prod(split.values())}, or another --mesh."
+        )
+
+
+def _check_tokens(config: TrainConfig, placement: Placement) -> None:
+    split = _split(placement, Logical.TIME)
+    # A causal ring deals two pieces of a row to each device.
+    pieces = 2 * math.prod(split.values())
+    length = config.data.sequence_length
+    if split and length % pieces:
+        raise ValueError(
+            f"sequence_length={length} does not divide by 2 x {_product(split)}: each device "
+            f"holds two pieces of a row. Choose a multiple of {pieces}, or another --mesh."
+        )
+
+
+def _split(placement: Placement, logical: Logical) -> dict[str, int]:
+    """Mesh axes that split a dim, with their sizes; those of one device left out."""
+    sizes = placement.shape.sizes
+    return {axis: sizes[axis] for axis in placement.axes_of(logical) if sizes[axis] > 1}
+
+
+def _product(split: dict[str, int]) -> str:
+    text = " x ".join(f"{axis}={size}" for axis, size in split.items())
+    return f"{text} = {math.prod(split.values())}" if len(split) > 1 else text

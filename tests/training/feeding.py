@@ -1,0 +1,30 @@
+"""What each of two processes with two devices does in `test_processes.py`: it places a batch."""
+
+import jax
+import numpy as np
+
+from hybrid_jax.data import Batch
+from hybrid_jax.model.parallel import placement
+from hybrid_jax.training.feed import Feed
+from sharding import processes
+from tests.training import small
+
+MESHES = (("fsdp=4", "fsdp"), ("sequence=4", "long_context"), ("tensor=4", "fsdp_tensor"))
+
+
+def main() -> None:
+    processes.start()
+    whole = small.random_batch(8, 32)
+    for mesh, rules in MESHES:
+        feed = Feed(placement.make(mesh, rules), 8, 32)
+        placed = feed.place(Batch(*(array[list(feed.rows)] for array in whole)))
+        print("".join(map(str, feed.rows)), flush=True)
+        for array, wanted in zip(placed, whole, strict=True):
+            assert array.shape == wanted.shape
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, wanted[shard.index])
+    assert len(jax.local_devices()) == 2
+
+
+if __name__ == "__main__":
+    main()
