@@ -159,7 +159,8 @@ def _base(source: Source, asks_help: bool) -> TrainConfig:
         return base
     # As without options: all devices on fsdp.
     old = base.parallel or Parallel(mesh="fsdp=-1")
-    parallel = Parallel(
+    parallel = dataclasses.replace(
+        old,
         mesh=old.mesh if source.mesh is None else source.mesh,
         rules=old.rules if source.rules is None else source.rules,
     )

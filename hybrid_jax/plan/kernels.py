@@ -60,15 +60,14 @@ def units(kernel: str, operands: list[list[int]], results: list[list[int]], fill
     if kernel.startswith("lightning_attention"):
         return max(math.prod(dims) for dims in operands)
     if kernel.startswith("splash"):
-        heads, length, _ = next(dims for dims in operands if len(dims) == 3 and dims[-1] > 1)
+        heads, length, _ = max((dims for dims in operands if len(dims) == 3), key=math.prod)
         tiles = max(1, length // _SCORE_TILE)
         return heads * length * length * (1 + 1 / tiles) / 2
-    # Rows are the longest dim; matrices have the groups first, among operands or results.
-    rows = max(max(dims) for dims in operands if len(dims) == 2)
-    matrices = max(
-        (dims for dims in operands + results if len(dims) == 3 and rows not in dims), key=math.prod
-    )
-    return rows * fill * math.prod(matrices[1:])
+    # Rows `[R, K]` or `[P, R, K]`, matrices `[E, K, N]`, among operands or results.
+    arrays = operands + results
+    rows = next(dims[0] for dims in arrays if len(dims) == 2)
+    _, depth, columns = next(dims for dims in arrays if len(dims) == 3 and dims[1] != rows)
+    return rows * fill * depth * columns
 
 
 def _results(instruction: hlo.Instruction) -> list[list[int]]:

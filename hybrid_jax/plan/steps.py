@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
 from hybrid_jax.config import training as train_config
+from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.data import Batch
 from hybrid_jax.inference import shapes, steps
 from hybrid_jax.model import flops
 from hybrid_jax.model.parallel import placement as placements
-from hybrid_jax.model.parallel.admission import Capacity
 from hybrid_jax.plan.request import Request
-from hybrid_jax.training import optimizer, parameters, state, step
+from hybrid_jax.training import optimizer, parameters, placing, state, step
 from sharding import Logical
 
 
@@ -36,10 +36,13 @@ class Built:
 
 def build(request: Request, devices) -> tuple[Built, placements.Placement]:
     """Nothing is allocated. ValueError for what does not divide, or is not known."""
-    options = placements.ExpertOptions(
-        Capacity(per_device=request.capacity), token_groups=request.token_groups
+    parallel = Parallel(
+        mesh=request.mesh,
+        rules=request.rules,
+        capacity_per_device=request.capacity,
+        token_groups=request.token_groups,
     )
-    placement = placements.make(request.mesh, request.rules, devices, options)
+    placement = placing.make(parallel, devices)
     config = presets.get(request.preset)
     if request.remat is not None:
         config = dataclasses.replace(config, remat=request.remat)
@@ -54,6 +57,7 @@ def _train(request: Request, config: model_config.ModelConfig, placement) -> Bui
         batch_size=request.batch,
         accumulate=request.accumulate,
     )
+    placing.check(run, placement)
     skeleton = parameters.Skeleton(config)
     updates = optimizer.Optimizer(run, skeleton.axes)
     live = _placed(

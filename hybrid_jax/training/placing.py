@@ -8,6 +8,7 @@ import jax
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.model.parallel import placement as placements
+from hybrid_jax.model.parallel.admission import Capacity
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
@@ -28,14 +29,26 @@ def choose(config: TrainConfig, devices: Sequence, note: Callable[[str], None]) 
         devices = _usable(config, devices)
         if given > 1:
             note(_note(len(devices), given))
-    placement = placements.make(parallel.mesh, parallel.rules, devices)
+    placement = make(parallel, devices)
     if placement.shape.devices == 1:
         return None
+    check(config, placement)
+    return placement
+
+
+def make(parallel: Parallel, devices: Sequence) -> Placement:
+    """The placement that a configuration means; ValueError if it does not multiply out."""
+    capacity = Capacity(parallel.capacity_per_expert, parallel.capacity_per_device)
+    options = placements.ExpertOptions(capacity, parallel.token_groups)
+    return placements.make(parallel.mesh, parallel.rules, devices, options)
+
+
+def check(config: TrainConfig, placement: Placement) -> None:
+    """ValueError, with the numbers, if rows, tokens or parameters do not divide."""
     _check_rows(config, placement)
     _check_tokens(config, placement)
     skeleton = Skeleton(config.model)
     shardings(skeleton, Optimizer(config, skeleton.axes), placement)
-    return placement
 
 
 def _usable(config: TrainConfig, devices: Sequence) -> Sequence:
@@ -76,6 +89,14 @@ def _check_tokens(config: TrainConfig, placement: Placement) -> None:
         raise ValueError(
             f"sequence_length={length} does not divide by 2 x {_product(split)}: each device "
             f"holds two pieces of a row. Choose a multiple of {pieces}, or another --mesh."
+        )
+    rows = config.batch_size // config.accumulate
+    devices = math.prod((split | _split(placement, Logical.BATCH)).values())
+    tokens, groups = rows * length // devices, placement.experts.token_groups
+    if tokens % groups:
+        raise ValueError(
+            f"The {tokens} tokens of a device do not divide into token_groups={groups}; choose "
+            "another number of groups."
         )
 
 

@@ -128,3 +128,18 @@ def test_the_configuration_knows_the_axes_and_rules_there_are():
 def test_a_mesh_is_checked_where_no_device_is_needed(mesh, rules, message):
     with pytest.raises(ValueError, match=message):
         Parallel(mesh=mesh, rules=rules)
+
+
+def test_options_of_experts_reach_the_placement():
+    chosen = Parallel(
+        mesh="fsdp=2,expert=4", rules="expert", capacity_per_device=1.5, token_groups=2
+    )
+    config = dataclasses.replace(small.small_run(batch_size=8), parallel=chosen)
+    found = placing.choose(config, jax.devices(), print)
+    assert found is not None
+    assert found.experts.token_groups == 2 and found.experts.capacity.per_device == 1.5
+    odd = dataclasses.replace(config, parallel=dataclasses.replace(chosen, token_groups=7))
+    with pytest.raises(ValueError, match="do not divide into token_groups=7"):
+        placing.choose(odd, jax.devices(), print)
+    with pytest.raises(ValueError, match="capacity_per_device is a multiple"):
+        dataclasses.replace(chosen, capacity_per_device=0.0)
