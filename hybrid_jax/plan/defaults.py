@@ -1,11 +1,10 @@
-"""A mesh, rules and a batch to begin with, for a model, a chip and a step."""
+"""A mesh, rules and a batch to begin with, for a model, a number of devices and a step."""
 
 import math
 from typing import NamedTuple
 
 from hybrid_jax.config import layers
 from hybrid_jax.config.model import ModelConfig
-from hybrid_jax.targets.chips import Chip
 
 # Above this a row is split over devices; below it, a device takes whole rows.
 LONG = 65_536
@@ -19,7 +18,7 @@ class Layout(NamedTuple):
     batch: int
 
 
-def default_layout(config: ModelConfig, chip: Chip, devices: int, step: str, seq: int) -> Layout:
+def default_layout(config: ModelConfig, devices: int, step: str, seq: int) -> Layout:
     """Experts over up to eight devices, parameters over the rest; long rows over `sequence`.
 
     One row of a training batch a device. Serving splits heads and experts' widths over all.

@@ -33,7 +33,7 @@ def request_for(
     config = presets.get(preset)
     devices = len(targets.devices(target))
     seq = seq or min(8192, config.max_positions)
-    layout = default_layout(config, targets.parse(target)[0], devices, step, seq)
+    layout = default_layout(config, devices, step, seq)
     if mesh is not None and rules is None and "sequence=" in mesh:
         rules = "long_context"
     return Request(
