@@ -113,6 +113,8 @@ def _calls() -> dict:
         ),
         "grouped_matmul": (matmul, (rows, experts, sizes), {}),
         "grouped_swiglu": (swiglu, (rows, gate_up, down, sizes, None), {}),
+        # Hands one layer to grouped_swiglu.
+        "grouped_swiglu_of_layer": (swiglu, (rows, gate_up, down, sizes, None), {}),
     }
 
 

@@ -34,7 +34,12 @@ def _sized(config):
     return dataclasses.replace(config, pattern=pattern, hidden_dim=32, initializer_range=0.1)
 
 
-MODELS = {"text_01": _sized(configs.text_01()), "m2": _sized(configs.m2())}
+MODELS = {
+    "text_01": _sized(configs.text_01()),
+    "m2": _sized(configs.m2()),
+    # Dense and shared feed-forwards, tied and shifted embeddings; three heads, four experts.
+    "odd": dataclasses.replace(configs.odd(), initializer_range=0.1),
+}
 
 
 @functools.cache
@@ -89,9 +94,9 @@ _DAILY = [
     ("m2", "expert=8", 1),
     ("m2", "data=2,expert=2,tensor=2", 8),
 ]
-_NIGHTLY = [
+_NIGHTLY = [("odd", "data=2,expert=4", rows) for rows in (1, 8)] + [
     (name, mesh, rows)
-    for name in MODELS
+    for name in ("text_01", "m2")
     for mesh in (
         "tensor=8",
         "expert=8",
