@@ -1,6 +1,7 @@
 """A mixture of SwiGLU experts without drops: sort by expert, grouped matmuls, weighted sum."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,10 +94,12 @@ class MixtureOfExperts(nnx.Module):
         return out_BTD.astype(x_BTD.dtype), routing
 
     def _choose(self, logits_BTE, context: Context) -> router.Choice:
-        rule, arrays = router.choose_softmax, [logits_BTE]
-        if isinstance(self.spec.router, layers.SigmoidTopK):
-            rule, arrays = router.choose_sigmoid, [logits_BTE, self.correction_bias[...]]
-        choose = functools.partial(rule, spec=self.spec.router)
+        spec, arrays = self.spec.router, [logits_BTE]
+        if isinstance(spec, layers.SigmoidTopK):
+            choose: Callable = functools.partial(router.choose_sigmoid, spec=spec)
+            arrays.append(self.correction_bias[...])
+        else:
+            choose = functools.partial(router.choose_softmax, spec=spec)
         if context.placement is None:
             return choose(*arrays)
         return placed.choose(context.placement, choose, *arrays)
