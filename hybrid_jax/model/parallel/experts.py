@@ -87,9 +87,10 @@ def expert_mixture(
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
     alone = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
-    options = dict(num_rows=num_rows, axis=axes.expert, multiply=multiply, all_stay=alone)
     routes = [exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n]) for n in range(token_groups)]
-    visit = functools.partial(_visit, **options)
+    visit = functools.partial(
+        _visit, num_rows=num_rows, axis=axes.expert, multiply=multiply, all_stay=alone
+    )
     outs, arrived = zip(*map(visit, parts[0], parts[1], orders, routes))
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
