@@ -86,11 +86,9 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
-    alone = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
     routes = [exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n]) for n in range(token_groups)]
-    visit = functools.partial(
-        _visit, num_rows=num_rows, axis=axes.expert, multiply=multiply, all_stay=alone
-    )
+    all_stay = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
+    visit = functools.partial(_visit, num_rows, axes.expert, multiply, all_stay)
     outs, arrived = zip(*map(visit, parts[0], parts[1], orders, routes))
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
@@ -102,7 +100,7 @@ def expert_mixture(
 
 
 def _visit(
-    x_TD, weight_TA, order, routes: exchange.Routes, *, num_rows: int, axis, multiply, all_stay
+    num_rows: int, axis, multiply, all_stay: bool, x_TD, weight_TA, order, routes: exchange.Routes
 ):
     """(weighted sums over the experts for one group of tokens, rows that came to this device)."""
     token_R, row_TA, _ = order
