@@ -12,14 +12,13 @@ from pallas_kernels.lightning_attention.decode_api import (
     lightning_extend,
 )
 from pallas_kernels.lightning_attention.state_api import lightning_state, lightning_state_gradient
-from pallas_kernels.softmax_attention.api import SOFTMAX_RESULTS, softmax_attention
+from pallas_kernels.softmax_attention.api import softmax_attention
 from pallas_kernels.softmax_attention.block import (
     softmax_attention_block,
     softmax_attention_block_gradients,
 )
 
 __all__ = [
-    "SOFTMAX_RESULTS",
     "grouped_matmul",
     "grouped_swiglu",
     "grouped_swiglu_of_layer",

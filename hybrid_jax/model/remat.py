@@ -17,7 +17,7 @@ Parameters that are stored in parts are gathered again whatever is kept: they ar
 
 import jax
 
-import pallas_kernels
+from pallas_kernels.softmax_attention.api import SOFTMAX_RESULTS
 
 STATE = "lightning_state"
 """The state that a shard of a row starts from: gathered from all shards."""
@@ -34,7 +34,7 @@ ARRIVED = "expert_rows"
 RETURNED = "expert_results"
 """What the experts made of this device's rows."""
 
-_MIXERS = STATE, ATTENDED, MIXED, pallas_kernels.SOFTMAX_RESULTS
+_MIXERS = STATE, ATTENDED, MIXED, SOFTMAX_RESULTS
 _COLLECTIVES = *_MIXERS, DEALT, COUNTS, ARRIVED, RETURNED
 
 _policies = jax.checkpoint_policies

@@ -103,11 +103,12 @@ class MixtureOfExperts(nnx.Module):
         return out_BTD.astype(x_BTD.dtype), routing
 
     def _choose(self, logits_BTE, context: Context) -> router.Choice:
-        rule: Callable[..., router.Choice] = router.choose_softmax
-        arrays = [logits_BTE]
-        if isinstance(self.spec.router, layers.SigmoidTopK):
-            rule, arrays = router.choose_sigmoid, [logits_BTE, self.correction_bias[...]]
-        choose = functools.partial(rule, spec=self.spec.router)
+        spec, arrays = self.spec.router, [logits_BTE]
+        if isinstance(spec, layers.SigmoidTopK):
+            choose: Callable = functools.partial(router.choose_sigmoid, spec=spec)
+            arrays.append(self.correction_bias[...])
+        else:
+            choose = functools.partial(router.choose_softmax, spec=spec)
         if context.placement is None:
             return choose(*arrays)
         return placed.choose(context.placement, choose, *arrays)

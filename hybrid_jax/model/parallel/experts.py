@@ -88,18 +88,11 @@ def expert_mixture(
     orders = [dispatch.expert_order(expert_TA, num_experts) for expert_TA in parts[2]]
     counts_NE = jnp.stack([counts_E for _, _, counts_E in orders])
     num_rows, counts_PNE, kept_PNE = admit(counts_NE, parts[2][0].shape, axes, capacity)
-    # With all experts here, rows are where they belong.
+    routes = [exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n]) for n in range(token_groups)]
     all_stay = lax.axis_size(axes.expert) == 1 and capacity == DROPLESS
-    move = (
-        None
-        if all_stay
-        else functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
-    )
-    visits = []
-    for n, (x, weight, order) in enumerate(zip(parts[0], parts[1], orders)):
-        routes = exchange.expert_routes(counts_PNE[:, n], kept_PNE[:, n])
-        visits.append(_visit(x, weight, order, routes, num_rows, axes.expert, move, multiply))
-    outs, arrived = zip(*visits)
+    move = functools.partial(exchange.exchange_rows, axis=axes.expert, platform=platform)
+    visit = functools.partial(_visit, num_rows, axes.expert, multiply, None if all_stay else move)
+    outs, arrived = zip(*map(visit, parts[0], parts[1], orders, routes))
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
         # Of sums over A, in float32: fewer and finer than the rows.
@@ -109,13 +102,14 @@ def expert_mixture(
     return out_TD, DeviceLoad(chosen_E, dropped_E, jnp.sum(jnp.stack(arrived)))
 
 
-def _visit(x_TD, weight_TA, order, routes: exchange.Routes, num_rows: int, axis, move, multiply):
+def _visit(num_rows: int, axis, multiply, move, x_TD, weight_TA, order, routes: exchange.Routes):
     """(weighted sums over the experts for one group of tokens, rows that came to this device)."""
     token_R, row_TA, _ = order
     # By sender and expert of this device.
     sizes_E = jnp.sum(routes.rows_PPJ[:, lax.axis_index(axis)], axis=0)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
     if move is None:
+        # All experts are here and take everything: rows are where they belong.
         y_RD = multiply(x_RD, group_sizes_E=sizes_E)
     else:
         there_RD = checkpoint_name(move(x_RD, routes, num_rows), remat.ARRIVED)

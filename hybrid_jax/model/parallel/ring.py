@@ -23,11 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybrid_jax.model import remat
 from hybrid_jax.model.parallel import balance
-from pallas_kernels import (
-    SOFTMAX_RESULTS,
-    softmax_attention_block,
-    softmax_attention_block_gradients,
-)
+from pallas_kernels import softmax_attention_block, softmax_attention_block_gradients
+from pallas_kernels.softmax_attention.api import SOFTMAX_RESULTS
 from pallas_kernels.varying import alike
 
 
