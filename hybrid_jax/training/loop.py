@@ -88,8 +88,10 @@ class Trainer:
         self._skeleton = Skeleton(config.model)
         self._optimizer = Optimizer(config, self._skeleton.axes)
         parts = (config, self._skeleton, self._optimizer, placement)
-        self._train_step = make_train_step(*parts)
-        self._evaluation_step = make_evaluation_step(config, self._skeleton, placement)
+        self._train_step = processes.Together(make_train_step(*parts))
+        self._evaluation_step = processes.Together(
+            make_evaluation_step(config, self._skeleton, placement)
+        )
         length = config.data.sequence_length
         self._feed = Feed(placement, config.batch_size, length)
         windows = data_lib.WindowIndex(opened.tokens.training, length, config.seed)

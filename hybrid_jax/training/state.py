@@ -11,6 +11,7 @@ from hybrid_jax.config import training as config_lib
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
+from sharding import processes
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +44,8 @@ def initial_state(
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     # Every device draws its own part: no device ever holds the whole.
-    return jax.jit(draw, out_shardings=shardings(skeleton, optimizer, placement))()
+    draw_parts = jax.jit(draw, out_shardings=shardings(skeleton, optimizer, placement))
+    return processes.Together(draw_parts)()
 
 
 def place(state: TrainState) -> TrainState:
