@@ -74,8 +74,7 @@ def expert_mixture(
     Source: the global router is that of the MiniMax-01 report (arXiv 2501.08313).
     """
     _check(x_TD, gate_up_ED2F, down_EFD, num_experts, axes, token_groups, group_offset)
-    # Here, not where they meet: so gradients are summed over mesh axes once a token, not once a
-    # row, and those of weights before they are rounded.
+    # Here, not where they meet: gradients are summed over mesh axes once a token, not once a row.
     x_TD, weight_TA, gate_up_ED2F, down_EFD = varying.alike(
         x_TD, choice.weight_TA, gate_up_ED2F, down_EFD
     )
@@ -95,7 +94,6 @@ def expert_mixture(
     outs, arrived = zip(*map(visit, parts[0], parts[1], orders, routes))
     out_TD = jnp.concatenate(outs)
     if axes.tensor is not None:
-        # Of sums over A, in float32: fewer and finer than the rows.
         out_TD = lax.psum(out_TD, axes.tensor)
     kept_NE = kept_PNE[lax.axis_index(axes.expert)]
     chosen_E, dropped_E = (jnp.sum(array, axis=0) for array in (counts_NE, counts_NE - kept_NE))
