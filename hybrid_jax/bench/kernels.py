@@ -1,4 +1,4 @@
-"""`bench kernels`: predicted times of the lightning kernels on TPUs that are not here."""
+"""`bench kernels`: predicted times of the kernels on TPUs that are not here."""
 
 import functools
 import importlib.metadata
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from hybrid_jax.bench import experts
 from hybrid_jax.targets.chips import Chip, parse
 from hybrid_jax.targets.schedule import schedule_of
 
@@ -78,7 +79,8 @@ def step(heads: int, name: str):
     return jax.jit(run, donate_argnums=4), (token, token, token, decay, states, *slots)
 
 
-NAMES = ("forward", "backward", "forward_packed", "backward_packed", *_STEPS)
+_EXPERTS = {"grouped_forward": experts.forward, "grouped_backward": experts.backward}
+NAMES = ("forward", "backward", "forward_packed", "backward_packed", *_STEPS, *_EXPERTS)
 
 
 def run(target: str, names: Sequence[str], note: Callable[[str], Any]) -> dict:
@@ -96,7 +98,7 @@ def run(target: str, names: Sequence[str], note: Callable[[str], Any]) -> dict:
     for name in names:
         note(f"{name}: compiling for {target}")
         build, options, ideal_ms = _program(name, chip, heads)
-        report = schedule_of(build, target, heads=heads, **options)
+        report = schedule_of(build, target, **options)
         entries[name] = {
             "ideal_ms": round(ideal_ms, 4),
             "predicted_ms": round(report.predicted_ms, 4),
@@ -106,6 +108,8 @@ def run(target: str, names: Sequence[str], note: Callable[[str], Any]) -> dict:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     shape = {"batch": BATCH, "length": LENGTH, "heads": HEADS, "head_dim": HEAD_DIM}
     shape |= {"decode_batch": DECODE_BATCH, "extend_length": EXTEND_LENGTH}
+    shape |= {"groups": experts.GROUPS, "group_rows": experts.ROWS}
+    shape |= {"width": experts.WIDTH, "hidden": experts.HIDDEN}
     return {"target": chip.name, "versions": versions, "shape": shape} | entries
 
 
@@ -114,10 +118,14 @@ def _program(name: str, chip: Chip, heads: int) -> tuple[Callable[..., Any], dic
     if name in _STEPS:
         # Every state read and written once.
         moved = 2 * 4 * DECODE_BATCH * heads * HEAD_DIM * HEAD_DIM
-        return step, {"name": name}, moved / chip.device_hbm_bytes_per_second * 1e3
+        return step, {"heads": heads, "name": name}, moved / chip.device_hbm_bytes_per_second * 1e3
+    if name in _EXPERTS:
+        kind = name.removeprefix("grouped_")
+        options = {"groups": experts.GROUPS // chip.devices, "chip": chip.name}
+        return _EXPERTS[name], options, experts.ideal_ms(kind, chip)
     kind, _, packed = name.partition("_")
     build = forward if kind == "forward" else backward
-    return build, {"packed": bool(packed)}, IDEAL_MS[kind][chip.name]
+    return build, {"heads": heads, "packed": bool(packed)}, IDEAL_MS[kind][chip.name]
 
 
 def table(report: dict) -> str:

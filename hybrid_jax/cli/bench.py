@@ -31,15 +31,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Predict what the lightning kernels take on a TPU, without one: compile each with the TPU
+    """Predict what our kernels take on a TPU, without one: compile each with the TPU
     compiler (the extra `aot`) and count the instructions it schedules. A lower bound that repeats
-    exactly; docs/benchmarks/kernels.md says what it leaves out. Takes about two minutes."""
+    exactly; docs/benchmarks/kernels.md says what it leaves out. Takes about three minutes."""
 
     target: str
     """v5e, v5p, v6e or tpu7x."""
     kernel: tuple[str, ...] = ()
     """Only these: forward, backward, forward_packed, backward_packed, decode, decode_slots,
-    extend."""
+    extend, grouped_forward, grouped_backward."""
     json: pathlib.Path | None = None
     """Also write all figures to this file."""
 

@@ -18,17 +18,21 @@ class Generation(NamedTuple):
     cores: int
     """TensorCores that share a grid."""
     chunk: int
-    """Depth of one product in straight code: more of it costs code and spills."""
+    """Depth of one product of rows and matrices in straight code: more costs code and spills."""
+    band: int
+    """Of the depth of a result of rows times rows, the same."""
+    unit: int
+    """Rows of a matrix unit."""
 
 
 # Schedules of libtpu 0.0.42 of the experts of Text-01 and M2, bfloat16: docs/benchmarks/kernels.md.
-# Matrix units of 256 want a longer chunk: between chunks they wait.
+# Matrix units of 256 want more straight code: between pieces of it they wait.
 BY_DEVICE_KIND = {
-    "TPU v4": Generation(vmem_limit=16 * _MIB, cores=2, chunk=1024),
-    "TPU v5": Generation(vmem_limit=60 * _MIB, cores=2, chunk=1024),
-    "TPU v5 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=1024),
-    "TPU v6 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=3072),
-    "TPU7x": Generation(vmem_limit=60 * _MIB, cores=1, chunk=3072),
+    "TPU v4": Generation(vmem_limit=16 * _MIB, cores=2, chunk=1024, band=512, unit=128),
+    "TPU v5": Generation(vmem_limit=60 * _MIB, cores=2, chunk=1024, band=512, unit=128),
+    "TPU v5 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=1024, band=512, unit=128),
+    "TPU v6 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=3072, band=1024, unit=256),
+    "TPU7x": Generation(vmem_limit=60 * _MIB, cores=1, chunk=3072, band=1024, unit=256),
 }
 # What every generation can run.
 _ANY = BY_DEVICE_KIND["TPU v4"]
@@ -37,7 +41,7 @@ _SPILLS = 5 * _MIB
 
 # Most columns, over all sums of a kernel: rows are fetched once a block of columns, so 1,024 make
 # 1,024 FLOPs a byte, where v6e needs 561 to be busy.
-_COLUMNS, _LEAST_COLUMNS = 1024, 256
+_COLUMNS, _LEAST_COLUMNS = 1536, 256
 # Rows of a tile: few, for those at the border of two groups are multiplied twice; but many where
 # the matrix does not stay and is fetched once a tile.
 _ROWS, _ROWS_IF_SPLIT = 256, 512
@@ -68,11 +72,8 @@ class MatrixTiles(NamedTuple):
     band: int
     """Of the depth; one product in straight code."""
     vmem_limit: int
-
-    @property
-    def piece(self) -> int:
-        """Rows multiplied at once in a tile that several groups share."""
-        return 2 * _UNIT if self.rows % (2 * _UNIT) == 0 else _UNIT
+    piece: int
+    """Rows multiplied at once in a tile that several groups share."""
 
 
 class Blocks(NamedTuple):
@@ -122,7 +123,9 @@ def row_tiles(num_rows: int, depth: int, columns: int, itemsize: int, blocks: Bl
 def matrix_tiles(num_rows: int, depth: int, columns: int, itemsize: int) -> MatrixTiles:
     """The block of the result for which the fewest bytes of rows are fetched."""
     chip = generation()
-    rows, band = _whole(num_rows, _ROWS_OF_MATRICES), 512 if itemsize == 2 else 128
+    rows, band = _whole(num_rows, _ROWS_OF_MATRICES), chip.band if itemsize == 2 else _UNIT
+
+    piece = chip.unit if rows % chip.unit == 0 else _UNIT
 
     def fits(tiles: MatrixTiles) -> bool:
         values = tiles.depth * tiles.columns
@@ -132,10 +135,12 @@ def matrix_tiles(num_rows: int, depth: int, columns: int, itemsize: int) -> Matr
     def rank(tiles: MatrixTiles):
         blocks = (depth // tiles.depth) * (columns // tiles.columns)
         is_shared = blocks % chip.cores == 0
-        return is_shared, 1 / (1 / tiles.depth + 1 / tiles.columns)
+        # Of four units of 128, bands of other sizes, 384 say, leave some idle.
+        is_even = chip.unit > 128 or tiles.band % 512 == 0
+        return is_shared, is_even, 1 / (1 / tiles.depth + 1 / tiles.columns)
 
     every = (
-        MatrixTiles(rows, part, width, _largest(part, band), chip.vmem_limit)
+        MatrixTiles(rows, part, width, _largest(part, band), chip.vmem_limit, piece)
         for part in _divisors(depth, 2048)
         for width in _divisors(columns, 2304)
     )
