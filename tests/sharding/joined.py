@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 from sharding import processes
 
@@ -25,6 +26,24 @@ def agree() -> None:
             raise ValueError("not here")
 
     processes.all_pass(check)
+
+
+def compile_apart() -> None:
+    """The second one compiles for longer; a program without any exchange shows who waited."""
+    import jax
+
+    def doubled(x):
+        time.sleep(3 * jax.process_index())
+        return 2 * x
+
+    call = processes.Together(jax.jit(doubled))
+    processes.all_pass(lambda: None)
+    begin = time.monotonic()
+    assert call(4) == 8
+    waited = time.monotonic() - begin
+    begin = time.monotonic()
+    assert call(5) == 10
+    print(waited > 2.5, time.monotonic() - begin < 2)
 
 
 def first_fails() -> None:

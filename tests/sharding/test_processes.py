@@ -137,6 +137,11 @@ def test_processes_agree_and_what_one_refuses_all_refuse(tmp_path):
     assert said[1] == ["made by 0 4 False", "error: not here"]
 
 
+def test_nobody_runs_a_program_before_all_have_compiled_it(tmp_path):
+    codes, said, _ = ended("compile_apart", tmp_path)
+    assert codes == [0, 0] and said == [["True True"], ["True True"]]
+
+
 def test_who_waits_for_others_says_for_whom(tmp_path):
     wait = "from sharding import processes as p; p._SAY_SECONDS = 0; p.start()"
     (process,) = together.start(1, 1, ["-c", wait], tmp_path, {"JAX_NUM_PROCESSES": "2"})
