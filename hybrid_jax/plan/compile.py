@@ -8,6 +8,7 @@ keeps its options and its memory, and because its peak memory is a result.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import resource
@@ -102,6 +103,8 @@ def main(request: str, out: str) -> int:
     try:
         found = examine(Request(**json.loads(request)))
     except (ValueError, targets.CompilerMissing) as error:
+        if os.environ.get("HYBRID_JAX_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     pathlib.Path(out).write_text(json.dumps(found), encoding="utf-8")

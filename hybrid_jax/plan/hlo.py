@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
@@ -14,7 +15,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+    r"(?:calls|to_apply|body|condition|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 
 
@@ -76,6 +77,21 @@ class Program:
             return int(stated)
         condition = loop.attribute(r"condition=%?([\w.\-]+)")
         return _compared_with(self.computations, condition) if condition else None
+
+    def pieces(self, loop: Instruction) -> int:
+        """How often a `while` could slice the longest array that it goes through piece by piece."""
+        body = loop.attribute(r"body=%?([\w.\-]+)")
+        return max(self._pieces(body or ""), default=1)
+
+    def _pieces(self, computation: str) -> Iterator[int]:
+        known = self.defined.get(computation, {})
+        for instruction in known.values():
+            if instruction.opcode == "dynamic-slice" and instruction.operands[0] in known:
+                whole = known[instruction.operands[0]].bytes
+                yield max(1, whole // max(1, instruction.bytes))
+            # What an inner loop slices is that loop's to count.
+            for called in instruction.called if instruction.opcode != "while" else ():
+                yield from self._pieces(called)
 
     def inside(self, computation: str):
         """All instructions of a computation and of those it calls."""

@@ -52,7 +52,10 @@ def _rate(report: dict) -> list[str]:
     if "dollars_per_billion_tokens" in report:
         rows.append(f"{report['dollars_per_billion_tokens']:,.0f} dollars a billion tokens.")
     if report["unknown_loops"]:
-        rows.append(f"{report['unknown_loops']} loops of unknown length are counted once.")
+        rows.append(
+            f"{report['unknown_loops']} loops depend on data: each is counted until the end of the "
+            "array it goes through."
+        )
     return rows
 
 

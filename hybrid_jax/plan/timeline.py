@@ -60,7 +60,7 @@ class Timeline:
     memory_bytes: float = 0
     """Read and written in HBM by what is no kernel, each operand counted whole."""
     unknown_loops: int = 0
-    """Loops that do not say how often they run, counted once."""
+    """Loops that do not say how often they run: as often as they could slice what they read."""
 
     def add(self, other: "Timeline", times: float = 1) -> None:
         """Run another one after this, `times` over."""
@@ -93,7 +93,7 @@ class Walk:
         if instruction.opcode == "while":
             trips = self.program.trips(instruction)
             body = self._computation(instruction.attribute(r"body=%?([\w.\-]+)") or "")
-            inner.add(body, trips or 1)
+            inner.add(body, trips or self.program.pieces(instruction))
             inner.unknown_loops += trips is None
         elif instruction.opcode == "conditional":
             branches = [self._computation(name) for name in instruction.called]

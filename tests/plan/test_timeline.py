@@ -66,6 +66,17 @@ def test_loops_count_as_often_as_they_run():
     assert found.unknown_loops == 0
 
 
+def test_a_loop_that_depends_on_data_goes_through_all_that_it_slices():
+    text = PROGRAM.replace("constant(70)", "parameter(1)").replace(
+        "  ROOT %t = (s32[]", "  %k = bf16[1,64,8]{2,1,0} parameter(2)\n"
+        "  %block = bf16[1,16,8]{2,1,0} dynamic-slice(%k), dynamic_slice_sizes={1,16,8}\n"
+        "  ROOT %t = (s32[]",
+    )  # fmt: skip
+    program = hlo.read(text)
+    loop = program.defined["main"]["loop"]
+    assert program.trips(loop) is None and program.pieces(loop) == 4
+
+
 def test_a_collective_hides_behind_the_work_between_its_start_and_its_end():
     gathers = walk(GATHER / 4).traffic["all-gather", ("tensor",)]
     assert gathers.count == 70
@@ -104,6 +115,13 @@ def test_groups_are_named_by_the_axes_they_span():
     assert collectives.axes((0, 2, 4, 6), mesh) == ("fsdp",)
     assert collectives.axes((0, 1), mesh) == ("expert",)
     assert collectives.axes(range(8), mesh) == ("fsdp", "expert")
+
+
+def test_both_ways_to_write_branches_are_read():
+    by_number = "branch_computations={%one, %two}"
+    by_truth = "true_computation=%one, false_computation=%two"
+    for text in (by_number, by_truth):
+        assert hlo.Instruction("x", "f32[]", "conditional", (), text).called == ("one", "two")
 
 
 def test_bytes_of_types():
