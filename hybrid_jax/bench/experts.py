@@ -11,28 +11,31 @@ from pallas_kernels.grouped_swiglu import pallas_tpu
 GROUPS, ROWS, WIDTH, HIDDEN = 4, 4096, 6144, 9216
 
 
-def forward(groups: int, chip: str):
-    """The op where a gradient is wanted: what the backward pass needs is written too."""
-    x, gate_up, down = _arrays(groups)
+def forward(groups: int, chip: str, rows=ROWS, width=WIDTH, hidden=HIDDEN):
+    """The op where a gradient is wanted: what the backward pass needs is written too.
+
+    Groups have `rows` rows each, 256 or 512 times a power of two.
+    """
+    x, gate_up, down = _arrays(groups, rows, width, hidden)
 
     def run(x, gate_up, down):
-        return pallas_tpu.forward(x, gate_up, down, Even(groups, ROWS), None)
+        return pallas_tpu.forward(x, gate_up, down, Even(groups, rows), None)
 
     return _known(chip, run), (x, gate_up, down)
 
 
-def backward(groups: int, chip: str):
+def backward(groups: int, chip: str, rows=ROWS, width=WIDTH, hidden=HIDDEN):
     """The gradients of x and of the matrices from what `forward` left."""
-    x, gate_up, down = _arrays(groups)
+    x, gate_up, down = _arrays(groups, rows, width, hidden)
 
     def run(x, gate_up, down, act, dout):
         # Its memory is reused, which of an argument would cost a copy.
-        hidden = jax.lax.empty((2, *act.shape), act.dtype)
+        kept = jax.lax.empty((2, *act.shape), act.dtype)
         return pallas_tpu.backward(
-            x, gate_up, down, Even(groups, ROWS), None, hidden, act, dout
+            x, gate_up, down, Even(groups, rows), None, kept, act, dout
         )  # fmt: skip
 
-    act = jax.ShapeDtypeStruct((x.shape[0], HIDDEN), x.dtype)
+    act = jax.ShapeDtypeStruct((x.shape[0], hidden), x.dtype)
     return _known(chip, run), (x, gate_up, down, act, x)
 
 
@@ -42,8 +45,8 @@ def ideal_ms(kind: str, chip: Chip) -> float:
     return 2 * products * GROUPS * ROWS * WIDTH * HIDDEN / chip.bf16_flops * 1e3
 
 
-def _arrays(groups: int):
-    shapes = (groups * ROWS, WIDTH), (groups, WIDTH, 2 * HIDDEN), (groups, HIDDEN, WIDTH)
+def _arrays(groups: int, rows: int, width: int, hidden: int):
+    shapes = (groups * rows, width), (groups, width, 2 * hidden), (groups, hidden, width)
     return tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
 
 

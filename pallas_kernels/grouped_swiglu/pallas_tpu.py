@@ -60,8 +60,12 @@ def backward(
         [hidden_2RF], [hidden_2RF], *sizes, interpret=interpret,
     )  # fmt: skip
     dx = rows.Product("grouped_swiglu_dx", _ADDED, rows.store_sum, transposed=True, clears=True)
-    both = [[rows.Factor(x, part) for part in (0, 1)] for x in (dhidden_2RF, gate_up_EDX)]
-    (dx_RD,) = rows.multiply(dx, both[0], both[1], [], [x_RD], *sizes, interpret=interpret)
+    hidden_parts, matrix_parts = (
+        [rows.Factor(x, part) for part in (0, 1)] for x in (dhidden_2RF, gate_up_EDX)
+    )
+    (dx_RD,) = rows.multiply(
+        dx, hidden_parts, matrix_parts, [], [x_RD], *sizes, interpret=interpret
+    )
     ddown_EFD = matrices.multiply(
         act_RF, dout_RD[None], group_sizes_E, name="grouped_swiglu_ddown", interpret=interpret
     )

@@ -87,6 +87,8 @@ def test_the_committed_times_are_within_reach_of_the_roofline(target):
     kept = json.loads(golden(target).read_text(encoding="utf-8"))
     for name, least in zip(("forward", "backward"), REACH[target], strict=True):
         assert kept[name]["roofline_fraction"] >= least
+    for name, least in (("grouped_forward", 0.94), ("grouped_backward", 0.87)):
+        assert kept[name]["roofline_fraction"] >= least
 
 
 def test_bad_input_is_told_before_anything_is_compiled(capsys, tmp_path):

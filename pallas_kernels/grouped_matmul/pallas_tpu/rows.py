@@ -229,12 +229,17 @@ def _accumulate(plan, rows, row_refs, matrix_refs, sum_refs, depth) -> None:
         )  # fmt: skip
         return functools.reduce(jnp.add, products)
 
+    is_only = tiles.chunk == plan.depth
     for pairs, sum_ref in zip(plan.product.sums, sum_refs, strict=True):
-        # What lies in memory before the first block may be anything.
-        before = 0.0 if plan.grid[2] == 1 else jnp.where(depth == 0, 0.0, sum_ref[rows])
-        sum_ref[rows] = before + chunk(0, pairs)
+        if is_only:
+            sum_ref[rows] = chunk(0, pairs)
+            continue
 
-        def later(i, _, pairs=pairs, sum_ref=sum_ref):
+        @pl.when(depth == 0)
+        def _(sum_ref=sum_ref):
+            sum_ref[rows] = jnp.zeros((rows.size, tiles.columns), jnp.float32)
+
+        def add(i, _, pairs=pairs, sum_ref=sum_ref):
             sum_ref[rows] += chunk(pl.multiple_of(i * tiles.chunk, tiles.chunk), pairs)
 
-        jax.lax.fori_loop(1, tiles.depth // tiles.chunk, later, None)
+        jax.lax.fori_loop(0, tiles.depth // tiles.chunk, add, None)

@@ -28,11 +28,11 @@ class Generation(NamedTuple):
 # Schedules of libtpu 0.0.42 of the experts of Text-01 and M2, bfloat16: docs/benchmarks/kernels.md.
 # Matrix units of 256 want more straight code: between pieces of it they wait.
 BY_DEVICE_KIND = {
-    "TPU v4": Generation(vmem_limit=16 * _MIB, cores=2, chunk=1024, band=512, unit=128),
-    "TPU v5": Generation(vmem_limit=60 * _MIB, cores=2, chunk=1024, band=512, unit=128),
-    "TPU v5 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=1024, band=512, unit=128),
-    "TPU v6 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=3072, band=1024, unit=256),
-    "TPU7x": Generation(vmem_limit=60 * _MIB, cores=1, chunk=3072, band=1024, unit=256),
+    "TPU v4": Generation(vmem_limit=16 * _MIB, cores=2, chunk=512, band=256, unit=128),
+    "TPU v5": Generation(vmem_limit=60 * _MIB, cores=2, chunk=512, band=256, unit=128),
+    "TPU v5 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=512, band=256, unit=128),
+    "TPU v6 lite": Generation(vmem_limit=110 * _MIB, cores=1, chunk=6144, band=1024, unit=256),
+    "TPU7x": Generation(vmem_limit=60 * _MIB, cores=1, chunk=6144, band=1024, unit=256),
 }
 # What every generation can run.
 _ANY = BY_DEVICE_KIND["TPU v4"]
@@ -96,7 +96,8 @@ def row_tiles(num_rows: int, depth: int, columns: int, itemsize: int, blocks: Bl
     """The most columns with which whole matrices stay; else both sides are cut in depth too."""
     chip = generation()
     # float32 products are six of bfloat16.
-    chunk = _largest(depth, chip.chunk if itemsize == 2 else chip.chunk // 4)
+    chunk = chip.chunk // blocks.row_factors // (1 if itemsize == 2 else 4)
+    chunk = _largest(depth, chunk)
 
     def fits(tiles: RowTiles) -> bool:
         factors = blocks.row_factors * tiles.rows + blocks.matrix_factors * tiles.columns
@@ -136,7 +137,7 @@ def matrix_tiles(num_rows: int, depth: int, columns: int, itemsize: int) -> Matr
         blocks = (depth // tiles.depth) * (columns // tiles.columns)
         is_shared = blocks % chip.cores == 0
         # Of four units of 128, bands of other sizes, 384 say, leave some idle.
-        is_even = chip.unit > 128 or tiles.band % 512 == 0
+        is_even = chip.unit > 128 or tiles.band % 256 == 0
         return is_shared, is_even, 1 / (1 / tiles.depth + 1 / tiles.columns)
 
     every = (

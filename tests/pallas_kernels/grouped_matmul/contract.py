@@ -29,24 +29,29 @@ def arrays(rows, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def out_and_gradients(x, w, sizes, dout, implementation):
-    out, pull_back = jax.vjp(
-        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w
-    )
+@functools.partial(jax.jit, static_argnames=("implementation", "interpret"))
+def out_and_gradients(x, w, sizes, dout, implementation, interpret=False):
+    def multiply(x, w):
+        return grouped_matmul(x, w, sizes, implementation=implementation, interpret=interpret)
+
+    out, pull_back = jax.vjp(multiply, x, w)
     return out, *pull_back(dout)
 
 
 class Contract:
-    """Subclass with `implementation`."""
+    """Subclass with `implementation`, and `interpret` where it is a kernel of Pallas."""
 
     implementation: str | None
+    interpret: bool = False
+
+    def run(self, x, w, sizes_E, dout):
+        return out_and_gradients(x, w, sizes_E, dout, self.implementation, self.interpret)
 
     def check(self, rows, sizes, dtype=jnp.float32, tolerance=1e-5):
         """Outputs and both gradients, relative to the largest entry, against float64."""
         x, w, dout = arrays(rows, dtype)
         sizes_E = jnp.asarray(sizes, jnp.int32)
-        found = out_and_gradients(x, w, sizes_E, dout, self.implementation)
+        found = self.run(x, w, sizes_E, dout)
         x, w, dout = (np.asarray(a, np.float64) for a in (x, w, dout))
         expected = (oracle.grouped_matmul(x, w, sizes), *oracle.gradients(x, w, sizes, dout))
         for name, ours, exact in zip(("out", "dx", "dw"), found, expected, strict=True):
@@ -83,25 +88,29 @@ class Contract:
         sizes = SIZES["rows_past_the_sum"]
         x, w, dout = arrays(R)
         past_R1 = jnp.arange(R, dtype=jnp.int32)[:, None] >= sum(sizes)
-        clean = out_and_gradients(
-            x, w, jnp.asarray(sizes, jnp.int32), jnp.where(past_R1, 0, dout), self.implementation
-        )
+        sizes_E = jnp.asarray(sizes, jnp.int32)
+        clean = self.run(x, w, sizes_E, jnp.where(past_R1, 0, dout))
         x, dout = jnp.where(past_R1, jnp.nan, x), jnp.where(past_R1, jnp.nan, dout)
-        dirty = out_and_gradients(x, w, jnp.asarray(sizes, jnp.int32), dout, self.implementation)
+        dirty = self.run(x, w, sizes_E, dout)
         for name, ours, expected in zip(("out", "dx", "dw"), dirty, clean, strict=True):
             np.testing.assert_array_equal(ours, expected, err_msg=name)
 
     def test_group_offset_picks_the_matrices_of_one_layer(self):
         x, w, dout = arrays(23)
         sizes_E = jnp.asarray([0, 9, 1, 12], jnp.int32)
-        expected = out_and_gradients(x, w, sizes_E, dout, self.implementation)
+        expected = self.run(x, w, sizes_E, dout)
         layers = jnp.concatenate([w + 1, w, w - 1])
 
         @jax.jit
         def with_offset(offset):
             out, pull_back = jax.vjp(
                 lambda x, w: grouped_matmul(
-                    x, w, sizes_E, group_offset=offset, implementation=self.implementation
+                    x,
+                    w,
+                    sizes_E,
+                    group_offset=offset,
+                    implementation=self.implementation,
+                    interpret=self.interpret,
                 ),
                 x,
                 layers,
