@@ -78,7 +78,9 @@ def _memory(compiled) -> dict[str, int]:
 
 def _memory_asked_for(message: str) -> int | None:
     """Bytes that a program wanted of a device, if that is why it was refused."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message) or re.search(
+        r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds", message
+    )
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None
 
 

@@ -75,6 +75,8 @@ def test_the_compilers_refusal_is_read():
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.50G of 31.25G hbm."
     )
     assert compile._memory_asked_for(message) == int(40.5 * GIB)
+    message = "the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G)."
+    assert compile._memory_asked_for(message) == 1.5 * 1024 * GIB
     assert compile._memory_asked_for("RESOURCE_EXHAUSTED: scoped vmem") is None
 
 
