@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_swiglu
+from pallas_kernels.grouped_matmul.pallas_tpu.visits import Even
+from pallas_kernels.grouped_swiglu import activation, pallas_tpu
 from tests.pallas_kernels.grouped_matmul import oracle
 
 E, D, F = 4, 8, 6
@@ -118,6 +120,26 @@ def test_bfloat16_stays_bfloat16():
     for implementation in ("xla", "composed"):
         found = [out(x, gate_up, down, sizes, implementation)]
         check(found, expected[:1], jnp.bfloat16, 2**-6)
+
+
+def test_both_ways_to_write_the_gates_gradient_are_one():
+    """CPUs and the others each have one; only the CPU's runs here by itself."""
+    rng = np.random.default_rng(0)
+    hidden, dact = (jnp.asarray(rng.normal(size=(7, n * F)), jnp.float32) for n in (2, 1))
+    ways = (activation._in_a_third_dim, activation._side_by_side)
+    found, other = (way(hidden, dact) for way in ways)
+    np.testing.assert_allclose(found, other, rtol=1e-6)
+
+
+def test_groups_known_to_be_even_are_those_whose_sizes_say_so():
+    """What schedules are counted with gives the same numbers."""
+    rows = 2 * 256
+    x, gate_up, down, _ = arrays(rows)
+    found, expected = (
+        pallas_tpu.grouped_swiglu(x, gate_up[:2], down[:2], sizes, None, interpret=True)
+        for sizes in (Even(2, 256), jnp.int32([256, 256]))
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_past_the_sum_may_hold_anything():
