@@ -9,6 +9,9 @@ from jax import lax
 
 Axis = str | tuple[str, ...]
 
+# Words side by side in a row of a TPU's tile, which has eight.
+_LANES = 128
+
 
 class Routes(NamedTuple):
     """Which slice of rows goes where, by sender, receiver and slice; the same on every device.
@@ -129,14 +132,20 @@ def _ragged_words_to_all(x_RD, routes: Routes, num_rows: int, axis: Axis):
     Rows of 16 bits lie in pairs in a TPU's memory, so XLA would cut each in two to move them one by
     one, and put them together again.
     """
-    if x_RD.dtype.itemsize != 2 or x_RD.shape[1] % 2:
+    R, D = x_RD.shape
+    if x_RD.dtype.itemsize != 2 or D % 2:
         return _ragged_all_to_all(x_RD, routes, num_rows, axis)
     # Columns far apart share a word: halves are read without a shuffle of lanes.
     low_RC, high_RC = (
         lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
         for half in jnp.split(x_RD, 2, axis=1)
     )
-    out_RC = _ragged_all_to_all(low_RC | (high_RC << 16), routes, num_rows, axis)
+    words_RC = low_RC | (high_RC << 16)
+    # A row of whole tiles moves as it lies; of a single line of words XLA makes a tile each.
+    C = words_RC.shape[1]
+    tiles = (C // _LANES, _LANES) if C % (8 * _LANES) == 0 else (C,)
+    out_RC = _move(words_RC.reshape(R, *tiles), routes, num_rows, axis).reshape(num_rows, C)
+    out_RC = jnp.where(_arrives(routes, num_rows, axis)[:, None], out_RC, 0)
     halves = (out_RC & 0xFFFF, out_RC >> 16)
     return jnp.concatenate(
         [lax.bitcast_convert_type(half.astype(jnp.uint16), x_RD.dtype) for half in halves], axis=1
@@ -152,7 +161,7 @@ def _move(x_RD, routes: Routes, num_rows: int, axis: Axis):
     me = lax.axis_index(axis)
     first_X, place_X, sent_X = (array[me].reshape(-1) for array in routes)
     received_X = routes.rows_PPJ[:, me].reshape(-1)
-    anything_RD = _like_rows(lax.empty((num_rows, x_RD.shape[1]), x_RD.dtype), x_RD)
+    anything_RD = _like_rows(lax.empty((num_rows, *x_RD.shape[1:]), x_RD.dtype), x_RD)
     return lax.ragged_all_to_all(
         x_RD, anything_RD, first_X, sent_X, place_X, received_X, axis_name=axis
     )

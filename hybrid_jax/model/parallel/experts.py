@@ -59,7 +59,7 @@ def expert_mixture(
       x_TD: this device's tokens, as many on every device.
       choice: of these tokens, among all experts; no token chooses an expert twice. The index
         `num_experts` is no expert: such a choice (of padding) goes nowhere and takes no place.
-      gate_up_ED2F: this device's experts, and with `axes.tensor` its part of F.
+      gate_up_ED2F: this device's experts, and with `axes.tensor` its part of F; or `[E, D, 2F]`.
       down_EFD: as gate_up.
       token_groups: cut the tokens into so many parts, one exchange each, so that the compiler may
         exchange one part while another is multiplied. TPUs do so where a program is compiled with

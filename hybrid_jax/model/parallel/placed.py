@@ -123,10 +123,13 @@ def expert_mixture(
         x_TD, expert_TA, weight_TA = (
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
-        gate_up_ED2F = weights.whole(placement, gate_up_ED2F, *gate_up_axes, dtype=x_BTD.dtype)
+        # Side by side while it is a part: the whole and its gradient are not laid out anew then.
+        gate_up_EDX = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
+        axes_EDX = Logical.EXPERTS, Logical.MODEL, Logical.FFN
+        gate_up_EDX = weights.whole(placement, gate_up_EDX, *axes_EDX, dtype=x_BTD.dtype)
         down_EFD = weights.whole(placement, down_EFD, *down_axes, dtype=x_BTD.dtype)
         out_TD, load = experts.expert_mixture(
-            x_TD, Choice(expert_TA, weight_TA), gate_up_ED2F, down_EFD, num_experts, axes,
+            x_TD, Choice(expert_TA, weight_TA), gate_up_EDX, down_EFD, num_experts, axes,
             options.capacity, token_groups=options.token_groups, platform=placement.platform,
         )  # fmt: skip
         return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
