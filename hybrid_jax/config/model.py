@@ -70,8 +70,8 @@ class ModelConfig:
     remat: str = "none"
     """What the backward pass recomputes of a layer: none; full (all, from its input); save_dots
     (all but products with weights, those of experts excepted); save_mixer (all but what its mixer
-    gives: no attention runs twice); save_collectives (as save_mixer, and no rows go to experts
-    twice). What each costs stands in `hybrid_jax.model.remat`."""
+    gives: no attention runs twice); save_collectives (all but what devices exchange: no rows go
+    to experts twice). What each costs stands in `hybrid_jax.model.remat`."""
     scan_layers: bool = True
     """Compile equal layers once, as a loop; else one by one: faster on a CPU, longer to compile."""
 

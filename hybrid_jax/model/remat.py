@@ -7,10 +7,11 @@ input of 12 KiB a token, and what then is not done twice:
 * save_dots: 76 KiB a token. The products of the mixer with its weights, and the exchange of states.
 * save_mixer: 28 KiB a token and 4 MiB a row. Attention, what it exchanges, its output projection
   and the sum of that over `tensor`. Projections before it and experts run again.
-* save_collectives: that, with 24 KiB a token of what experts gave and 24 KiB times
-  `Capacity.per_device` of what they were sent; dropless it is the whole buffer for the worst case,
-  12 KiB times the lesser of a token's and a device's experts, times devices. No row travels again,
-  and of the experts' products only the first is done again.
+* save_collectives: 36 KiB a token of what mixers and experts gave, and 24 KiB times
+  `Capacity.per_device` of what experts were sent; dropless it is the whole buffer for the worst
+  case, 12 KiB times the lesser of a token's and a device's experts, times devices. No row travels
+  again, no state is gathered again, no ring goes round again, and of the experts' products only the
+  first is done again. Lightning attention itself runs again: it takes less than its result would.
 
 Parameters that are stored in parts are gathered again whatever is kept: they are not kept whole.
 """
@@ -22,7 +23,9 @@ from pallas_kernels.softmax_attention.api import SOFTMAX_RESULTS
 STATE = "lightning_state"
 """The state that a shard of a row starts from: gathered from all shards."""
 ATTENDED = "attended"
-"""What attention of either kind gives, before its norm, gate and projection."""
+"""What softmax attention gives, before its projection."""
+RECALLED = "recalled"
+"""What lightning attention gives, before its norm, gate and projection."""
 MIXED = "mixed"
 """What a mixer adds to the residual stream: summed over the devices that share its heads."""
 DEALT = "dealt"
@@ -34,8 +37,8 @@ ARRIVED = "expert_rows"
 RETURNED = "expert_results"
 """What the experts made of this device's rows."""
 
-_MIXERS = STATE, ATTENDED, MIXED, SOFTMAX_RESULTS
-_COLLECTIVES = *_MIXERS, DEALT, COUNTS, ARRIVED, RETURNED
+_MIXERS = STATE, ATTENDED, RECALLED, MIXED, SOFTMAX_RESULTS
+_COLLECTIVES = *(name for name in _MIXERS if name != RECALLED), DEALT, COUNTS, ARRIVED, RETURNED
 
 _policies = jax.checkpoint_policies
 KEEP = {

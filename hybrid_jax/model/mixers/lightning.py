@@ -57,7 +57,7 @@ class LightningMixer(nnx.Module):
             out_BTHV = placed.lightning_attention(context.placement, *arrays, segments)
         else:
             out_BTHV, _ = lightning_attention(*arrays, segment_ids=segments)
-        out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
+        out_BTHV = checkpoint_name(out_BTHV, remat.RECALLED)
         # Norm over all heads together, then the gate, then the projection: the released order.
         out_BTHV = rms_norm(out_BTHV, self.norm[...], self.spec.norm_eps, num_dims=2)
         gate_BTHV = project(x_BTD, self.gate[...].astype(dtype))
