@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from hybrid_jax.plan import collectives, hlo
 from hybrid_jax.plan.network import Network
@@ -73,6 +74,48 @@ class Timeline:
             self.traffic[place].add(traffic, times)
 
 
+class Links:
+    """The links of one device, which collectives at the same time share evenly, dim by dim."""
+
+    def __init__(self):
+        self._now = 0.0
+        self._left: dict[str, float] = {}
+        """By channel: seconds that what is on its way would still take alone."""
+        self._dims: dict[str, tuple[int, ...]] = {}
+        self._ended: dict[str, float] = {}
+
+    def begin(self, channel: str, now: float, seconds: float, dims: Sequence[int]) -> None:
+        """Start at `now`, which never goes back, what takes so long alone on these dims."""
+        self._advance(now)
+        self._left[channel], self._dims[channel] = seconds, tuple(dims)
+
+    def end(self, channel: str) -> float:
+        """When it is over, if nothing else is started meanwhile."""
+        while channel in self._left:
+            self._advance(math.inf)
+        return self._ended[channel]
+
+    def _advance(self, until: float) -> None:
+        """On to `until`, or to infinity just to the next end."""
+        while self._left and self._now < until:
+            crowd = collections.Counter(dim for name in self._left for dim in self._dims[name])
+            rates = {
+                name: 1 / max((crowd[dim] for dim in self._dims[name]), default=1)
+                for name in self._left
+            }
+            first = min(self._left, key=lambda name: self._left[name] / rates[name])
+            step = min(self._left[first] / rates[first], until - self._now)
+            self._now += step
+            for name, rate in rates.items():
+                self._left[name] -= step * rate
+            if self._now < until:
+                del self._left[first]
+                self._ended[first] = self._now
+                if until == math.inf:
+                    return
+        self._now = self._now if until == math.inf else max(self._now, until)
+
+
 class Walk:
     """Simulates one device: a queue of work, and links that are busy for a time."""
 
@@ -117,10 +160,9 @@ class _Computation:
     def __init__(self, walk: Walk, name: str):
         self._walk, self._name = walk, name
         self._timeline = Timeline()
-        self._busy: dict[int, float] = collections.defaultdict(float)
-        """When the links along each torus dim are free again."""
-        self._pending: dict[str, tuple[float, Traffic]] = {}
-        """By channel: when a collective that was started ends, and where it is counted."""
+        self._links = Links()
+        self._pending: dict[str, Traffic] = {}
+        """By channel of a collective that was started: where it is counted."""
         self._starts: dict[str, str] = {}
         """Instruction that started a collective -> its channel."""
 
@@ -169,13 +211,11 @@ class _Computation:
             return
         reach = self._walk.network.reach(found.group)
         seconds = self._walk.network.seconds(found.kind, found.size, reach)
-        start = max([self._timeline.seconds, *(self._busy[dim] for dim in reach.dims)])
-        for dim in reach.dims:
-            self._busy[dim] = start + seconds
+        self._links.begin(found.channel, self._timeline.seconds, seconds, reach.dims)
         place = (found.kind, collectives.axes(found.group, self._walk.mesh))
         traffic = self._timeline.traffic[place]
         traffic.add(Traffic(1, found.size, seconds))
-        self._pending[found.channel] = (start + seconds, traffic)
+        self._pending[found.channel] = traffic
         self._starts[name] = found.channel
 
     def _work(self, instruction: hlo.Instruction, is_collective: bool) -> None:
@@ -192,8 +232,8 @@ class _Computation:
 
     def _wait(self, channel: str) -> None:
         if channel in self._pending:
-            end, traffic = self._pending.pop(channel)
-            wait = max(0.0, end - self._timeline.seconds)
+            traffic = self._pending.pop(channel)
+            wait = max(0.0, self._links.end(channel) - self._timeline.seconds)
             self._timeline.seconds += wait
             traffic.exposed += wait
 

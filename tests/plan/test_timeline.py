@@ -86,6 +86,18 @@ def test_a_collective_hides_behind_the_work_between_its_start_and_its_end():
     assert walk(GATHER * 2).traffic["all-gather", ("tensor",)].exposed == 0
 
 
+def test_collectives_at_the_same_time_share_their_links():
+    links = timeline.Links()
+    links.begin("long", 0.0, 10.0, (0, 1))
+    links.begin("beside", 0.0, 3.0, (2,))
+    links.begin("short", 4.0, 1.0, (0,))
+    assert links.end("beside") == 3
+    assert links.end("short") == pytest.approx(6), "half of the links for two seconds"
+    assert links.end("long") == pytest.approx(11), "all the work, one after the other"
+    links.begin("later", 20.0, 2.0, (0,))
+    assert links.end("later") == pytest.approx(22)
+
+
 def test_one_without_a_start_is_waited_for():
     found = walk(1.0)
     sums = found.traffic["all-reduce", ("fsdp",)]
