@@ -19,6 +19,7 @@ from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import initial_state
 from hybrid_jax.training.step import make_train_step
+from sharding import Logical
 from sharding import rules as rules_lib
 from tests.model.parallel import collectives
 from tests.training import small
@@ -160,14 +161,19 @@ def _gathered(model: str, kind: str, rules: str, mesh: str, remat: str) -> Count
     place = placements.make(mesh, rules)
     sizes = place.shape.sizes
     skeleton = Skeleton(dataclasses.replace(MODELS[model]()))
-    # As a layer uses them, without dims of 1.
+    # As a layer uses them, and on the way there, with D still in parts; without dims of 1.
     parameters = set()
     for name, axes in skeleton.axes.items():
         shape = skeleton.abstract[name].shape[-len(axes) :]
-        spec = place.rules.used_parameter(axes, shape, place.shape, name)
-        parts = [math.prod(sizes[axis] for axis in (part or ())) for part in map(_axes, spec)]
-        parts += [1] * (len(shape) - len(parts))
-        parameters.add(tuple(n // p for n, p in zip(shape, parts, strict=True) if n // p > 1))
+        used = _split(place.rules.used_parameter(axes, shape, place.shape, name), axes, sizes)
+        stored = _split(place.rules.parameter(axes, shape, place.shape, name), axes, sizes)
+        half = [s if axis is Logical.MODEL else u for axis, s, u in zip(axes, stored, used)]
+        for parts in (used, half):
+            local = [n // p for n, p in zip(shape, parts, strict=True)]
+            if axes[-2:] == (Logical.PARTS, Logical.FFN) and Logical.EXPERTS in axes:
+                # Gate and up of experts are side by side before they are whole.
+                local[-2:] = [local[-2] * local[-1]]
+            parameters.add(tuple(size for size in local if size > 1))
     heads = _SIZES["num_heads"] // sizes["tensor"]
     rows = ROWS // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     states = (sizes["sequence"], rows, heads, _SIZES["head_dim"], _SIZES["head_dim"])
@@ -189,8 +195,11 @@ def _gathered(model: str, kind: str, rules: str, mesh: str, remat: str) -> Count
     return Counter(what(one) for one in exchanged if one.kind == "all-gather")
 
 
-def _axes(part) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part or ()
+def _split(spec, axes, sizes) -> list[int]:
+    """Into how many parts each dim is split."""
+    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+    parts += [()] * (len(axes) - len(parts))
+    return [math.prod(sizes[axis] for axis in part) for part in parts]
 
 
 def test_split_rows_gather_states_and_rows_of_experts_and_no_activation():
@@ -208,7 +217,7 @@ def test_whole_parameters_are_gathered_and_gradients_of_the_largest_scattered():
     # An eighth of D: experts of two layers, the embedding and the head. CPUs sum the gradients of
     # the others whole.
     assert scattered == {
-        "f32[8,4,2,16]": 2,
+        "f32[8,4,32]": 2,
         "f32[8,16,4]": 2,
         f"f32[{small.VOCAB},4]": 1,
         f"f32[4,{small.VOCAB}]": 1,
