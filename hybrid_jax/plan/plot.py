@@ -3,8 +3,9 @@
 import pathlib
 
 GIB = 2**30
+_IDEAL = "the model's FLOPs at peak rate"
 _COLORS = {
-    "the model's FLOPs at peak rate": "#2f6db5",
+    _IDEAL: "#2f6db5",
     "products and kernels below peak rate": "#8fb3dc",
     "elementwise and copies": "#c9b458",
     "recomputation": "#9a9a9a",
@@ -29,9 +30,14 @@ def draw(reports: list[dict], path) -> None:
     figure.savefig(pathlib.Path(path), dpi=130, format="png")
 
 
+def _legend(reports: list[dict]) -> float:
+    """Half an inch below the axes, in parts of their height."""
+    return -0.5 / (1 + 0.75 * len(reports))
+
+
 def label(report: dict) -> str:
     """A plan in two short lines."""
-    return f"{report['step']} {report['target']}\n{report['mesh']}"
+    return f"{report['preset']}, {report['step']}\n{report['target']}: {report['mesh']}"
 
 
 def _times(axes, reports) -> None:
@@ -45,9 +51,11 @@ def _times(axes, reports) -> None:
                 colors[cause] = _WAITING[(len(colors) - len(_COLORS)) % len(_WAITING)]
             axes.barh(row, each["share"], left=left, color=colors[cause], edgecolor="white")
             if each["share"] > 0.05:
+                dark = colors[cause] in (_COLORS[_IDEAL], _WAITING[0])
                 axes.text(
-                    left + each["share"] / 2, row, f"{each['share']:.0%}", ha="center", va="center"
-                )
+                    left + each["share"] / 2, row, f"{each['share']:.0%}", ha="center", va="center",
+                    color="white" if dark else "black",
+                )  # fmt: skip
             left += each["share"]
         axes.text(1.01, row, f"{report['step_seconds']:.3g} s", va="center")
     axes.set(xlim=(0, 1.12), xlabel="share of the predicted step", xticks=[0, 0.25, 0.5, 0.75, 1])
@@ -61,7 +69,11 @@ def _times(axes, reports) -> None:
         if cause in shown
     ]
     axes.legend(
-        handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2
+        handles=handles,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(0, _legend(reports)),
+        ncols=2,
     )
 
 
@@ -87,5 +99,9 @@ def _memory(axes, reports) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles = [axes.barh(0, 0, color=color, label=name) for name, color in shades.items()]
     axes.legend(
-        handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2
+        handles=handles,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(0, _legend(reports)),
+        ncols=2,
     )
