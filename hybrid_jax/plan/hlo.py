@@ -87,8 +87,9 @@ class Program:
         known = self.defined.get(computation, {})
         for instruction in known.values():
             if instruction.opcode == "dynamic-slice" and instruction.operands[0] in known:
-                whole = known[instruction.operands[0]].bytes
-                yield max(1, whole // max(1, instruction.bytes))
+                whole, part = (dims(x.shape) for x in (known[instruction.operands[0]], instruction))
+                # A dim of which one is taken is picked from, as a layer from all layers.
+                yield from (n // size for n, size in zip(whole, part) if size > 1)
             # What an inner loop slices is that loop's to count.
             for called in instruction.called if instruction.opcode != "while" else ():
                 yield from self._pieces(called)

@@ -68,7 +68,7 @@ def test_loops_count_as_often_as_they_run():
 
 def test_a_loop_that_depends_on_data_goes_through_all_that_it_slices():
     text = PROGRAM.replace("constant(70)", "parameter(1)").replace(
-        "  ROOT %t = (s32[]", "  %k = bf16[1,64,8]{2,1,0} parameter(2)\n"
+        "  ROOT %t = (s32[]", "  %k = bf16[80,64,8]{2,1,0} parameter(2)\n"
         "  %block = bf16[1,16,8]{2,1,0} dynamic-slice(%k), dynamic_slice_sizes={1,16,8}\n"
         "  ROOT %t = (s32[]",
     )  # fmt: skip
