@@ -51,8 +51,8 @@ def generate(
     logits_BW, state = steps.prefill(model, tokens_BT, lengths_B, state, placement=placement)
     loop = _decode_loop(model.config, placement, sampling, max_new_tokens)
     _, params = nnx.split(model)
-    eos_id = jnp.int32(-1 if eos_id is None else eos_id)
-    out_BT, _ = loop(params, logits_BW, state, jax.random.key(seed), eos_id)
+    end = jnp.int32(-1 if eos_id is None else eos_id)
+    out_BT, _ = loop(params, logits_BW, state, jax.random.key(seed), end)
     return out_BT
 
 
