@@ -26,7 +26,8 @@ class TpuClock:
                 self._program, computation, instruction, self._chip.name, self._fill
             )
             if known is not None:
-                return Work(known, kind, "schedule")
+                derived = kind.removeprefix(KERNEL).startswith(kernels.DERIVED)
+                return Work(known, kind, "model" if derived else "schedule")
         cycles = instruction.attribute(r'estimated_cycles":"?(\d+)')
         # The largest whole number stands for an estimate that overflowed.
         if cycles and int(cycles) < 1 << 62:

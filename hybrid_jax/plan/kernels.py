@@ -14,6 +14,8 @@ import re
 from hybrid_jax.plan import hlo
 
 RATES = pathlib.Path(__file__).with_name("kernel_rates.json")
+# Not read from a schedule of their own: `rates` says from what.
+DERIVED = ("splash_mha_dq", "splash_mha_dkv")
 # Tiles of scores that splash attention goes through, and skips whole above the diagonal.
 _SCORE_TILE = 1024
 

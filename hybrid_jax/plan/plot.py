@@ -30,11 +30,6 @@ def draw(reports: list[dict], path) -> None:
     figure.savefig(pathlib.Path(path), dpi=130, format="png")
 
 
-def _legend(reports: list[dict]) -> float:
-    """Half an inch below the axes, in parts of their height."""
-    return -0.5 / (1 + 0.75 * len(reports))
-
-
 def label(report: dict) -> str:
     """A plan in two short lines."""
     return f"{report['preset']}, {report['step']}\n{report['target']}: {report['mesh']}"
@@ -60,21 +55,8 @@ def _times(axes, reports) -> None:
         axes.text(1.01, row, f"{report['step_seconds']:.3g} s", va="center")
     axes.set(xlim=(0, 1.12), xlabel="share of the predicted step", xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_yticks(range(len(reports)), [label(report) for report in reports])
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
     shown = {each["cause"] for report in reports for each in report["causes"]}
-    handles = [
-        axes.barh(0, 0, color=color, label=cause)
-        for cause, color in colors.items()
-        if cause in shown
-    ]
-    axes.legend(
-        handles=handles,
-        frameon=False,
-        loc="upper left",
-        bbox_to_anchor=(0, _legend(reports)),
-        ncols=2,
-    )
+    _finish(axes, {cause: color for cause, color in colors.items() if cause in shown}, len(reports))
 
 
 def _memory(axes, reports) -> None:
@@ -95,13 +77,15 @@ def _memory(axes, reports) -> None:
         axes.text(max(left, budget) * 1.02, row, verdict, va="center")
     axes.set(xlabel="GiB a device (line: what may be used)", yticks=[])
     axes.margins(x=0.2)
+    _finish(axes, shades, len(reports))
+
+
+def _finish(axes, colors: dict[str, str], num_rows: int) -> None:
+    """The first plan on top, and what the colors mean half an inch below."""
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [axes.barh(0, 0, color=color, label=name) for name, color in shades.items()]
+    handles = [axes.barh(0, 0, color=color, label=name) for name, color in colors.items()]
+    below = -0.5 / (1 + 0.75 * num_rows)
     axes.legend(
-        handles=handles,
-        frameon=False,
-        loc="upper left",
-        bbox_to_anchor=(0, _legend(reports)),
-        ncols=2,
+        handles=handles, frameon=False, loc="upper left", bbox_to_anchor=(0, below), ncols=2
     )

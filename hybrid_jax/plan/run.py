@@ -32,7 +32,9 @@ def request_for(
     """
     config = presets.get(preset)
     devices = len(targets.devices(target))
-    seq = seq or min(8192, config.max_positions)
+    seq = min(8192, config.max_positions) if seq is None else seq
+    if seq < 1:
+        raise ValueError(f"seq must be a whole number >= 1; got {seq!r}.")
     layout = default_layout(config, devices, step, seq)
     if mesh is not None and rules is None and "sequence=" in mesh:
         rules = "long_context"
@@ -42,7 +44,7 @@ def request_for(
         step=step,
         mesh=mesh or layout.mesh,
         rules=rules or layout.rules,
-        batch=batch or layout.batch,
+        batch=layout.batch if batch is None else batch,
         seq=seq,
         **others,
     )

@@ -22,6 +22,7 @@ def test_text_01_on_a_pod(tmp_path, capsys):
     over_fsdp = 10 * 2 * 6144 * 8 * 128 * 2 + 80 * 6144 * 32 * 4
     norms = 70 * 64 * 128 * 2
     expected = (report["bytes"] - over_fsdp - norms) / 512 + over_fsdp / 64 + norms / 8
+    # Vectors of the residual stream, not counted here, are less than a ten-thousandth.
     assert report["bytes_per_device"] == pytest.approx(expected, rel=1e-4)
     gate_up = next(p for p in report["parameters"] if p["name"] == "stack.runs.0.ffn.gate_up")
     assert gate_up["placement"] == [[], [], ["expert"], ["fsdp"], [], []]

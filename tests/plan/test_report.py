@@ -126,6 +126,12 @@ def test_work_of_kernels_is_counted_from_their_shapes(kernel, operands, results,
     assert kernels.units(kernel, dims, hlo.all_dims(results), fill) == expected
 
 
+def test_no_rows_and_no_tokens_are_refused_and_not_defaulted():
+    for wrong in ({"batch": 0}, {"seq": 0}):
+        with pytest.raises(ValueError, match="whole number >= 1"):
+            Request(**{**vars(REQUEST), **wrong})
+
+
 def test_a_kernel_takes_its_time_from_the_table_and_never_from_what_it_declares():
     text = """
 ENTRY %main (q: bf16[1,8192,8,8,128]) -> bf16[1,8192,8,8,128] {

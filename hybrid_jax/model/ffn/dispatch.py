@@ -39,7 +39,8 @@ def _sum_of_rows(x_RD, weight_TA, row_TA):
     if T < _MANY_TOKENS:
         x_TAD = x_RD[row_TA]
         return jnp.einsum("tad,ta->td", x_TAD, weight_TA, preferred_element_type=jnp.float32)
-    # A TPU holds [T, A, D] with A rows in a tile for 8: that took 2.7 ms where this takes 0.6.
+    # A TPU holds [T, A, D] with A rows in a tile for 8: its sum alone took 2.7 ms by the compiler's
+    # estimate (8192 tokens of 2 x 6144, v5p).
     parts = (weight_TA[:, a, None] * x_RD[row_TA[:, a]].astype(jnp.float32) for a in range(A))
     return sum(parts)
 
