@@ -123,7 +123,7 @@ class Model(nnx.Module):
             if context.placement is None:
                 return self.embedding(tokens_BT, dtype)
             table_WD = self.embedding.table[...]
-            return placed.look_up(context.placement, table_WD, tokens_BT).astype(dtype)
+            return placed.look_up(context.placement, table_WD, tokens_BT, dtype)
 
         x_BTD = embed(tokens_BT)
         if not self.config.shift_embeddings:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybrid_jax.model.parallel import weights
+from hybrid_jax.model.parallel import weights, words
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
 from sharding import Logical
@@ -41,36 +41,41 @@ def cross_entropy(
     forward pass leaves the gradients of x and of the head behind (they are linear in the cotangent
     of the sum), so the cost is that of three matrix products, as without chunks.
 
-    With a `placement`, tokens and words are split as it says, and no logits are brought together:
-    the largest, the sums and the target's are. The sums are over all devices.
+    With a `placement`, tokens are split as it says and words as they rest, and no logits are
+    brought together: the largest, the sums and the target's are. Devices that split words and
+    tokens too bring each chunk's tokens together, and then have a chunk for each of them, of so
+    many times fewer words. The sums are over all devices.
     """
     arrays = x_BTD, kernel_DW, targets_BT, weights_BT
     if placement is None:
-        return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, (), *arrays))
-    words, tokens = placement.axes_of(Logical.VOCAB), placement.spec(*ROWS)
-    shared, axes = placement.token_axes, (Logical.MODEL, Logical.VOCAB)
+        return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, words.WHOLE, *arrays))
+    axes, tokens = (Logical.MODEL, Logical.VOCAB), placement.spec(*ROWS)
+    shared, split = placement.token_axes, words.of(placement, kernel_DW.shape, *axes)
 
     def local(x_BTD, kernel_DW, targets_BT, weights_BT):
         kernel_DW = weights.whole(placement, kernel_DW, *axes)
-        sums = _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT)
+        sums = _cross_entropy(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT)
         return jax.lax.psum(sums, shared) if shared else sums
 
     sums = jax.shard_map(
         local,
         mesh=placement.mesh,
-        in_specs=(placement.spec(*ROWS, None), weights.spec(placement, *axes), tokens, tokens),
+        in_specs=(
+            *(placement.spec(*ROWS, None), weights.spec(placement, kernel_DW.shape, *axes)),
+            *(tokens, tokens),
+        ),
         out_specs=PartitionSpec(),
     )(*arrays)
     return TokenLoss(*sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT):
-    """`words` are the mesh axes that split the vocabulary, in shard_map."""
+def _cross_entropy(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT):
+    """`split`, a `words.Words`, says how the vocabulary lies on devices, in shard_map."""
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(sums, chunk):
-        total, nll, _, _ = _chunk_loss(z_loss, words, kernel_f32, *chunk)
+        total, nll, _, _ = _chunk_loss(z_loss, split, kernel_f32, *chunk)
         return (sums[0] + total, sums[1] + nll), None
 
     chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
@@ -79,14 +84,14 @@ def _cross_entropy(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, we
     return sums
 
 
-def _cross_entropy_fwd(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT, weights_BT):
+def _cross_entropy_fwd(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT):
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(carry, chunk):
         total_sum, nll_sum, dkernel_DW = carry
         x_BCD = chunk[0]
-        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, words, kernel_f32, *chunk)
-        dx_BCD = _sum(jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32), words)
+        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, split, kernel_f32, *chunk)
+        dx_BCD = split.add_and_return(jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32))
         dkernel_DW = dkernel_DW + jnp.einsum("bcd,bcw->dw", x_f32, dlogits_BCW)
         return (total_sum + total, nll_sum + nll, dkernel_DW), dx_BCD.astype(x_BCD.dtype)
 
@@ -98,7 +103,7 @@ def _cross_entropy_fwd(chunk_tokens, z_loss, words, x_BTD, kernel_DW, targets_BT
     return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype))
 
 
-def _cross_entropy_bwd(chunk_tokens, z_loss, words, residuals, cotangents):
+def _cross_entropy_bwd(chunk_tokens, z_loss, split, residuals, cotangents):
     dx_BTD, dkernel_DW = residuals
     dtotal, _ = cotangents
     dx_BTD = dx_BTD * dtotal.astype(dx_BTD.dtype)
@@ -109,27 +114,27 @@ def _cross_entropy_bwd(chunk_tokens, z_loss, words, residuals, cotangents):
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _sum(x, axes):
-    return jax.lax.psum(x, axes) if axes else x
+def _chunk_loss(z_loss, split, kernel_DW, x_BCD, targets_BC, weights_BC):
+    """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32).
 
-
-def _chunk_loss(z_loss, words, kernel_DW, x_BCD, targets_BC, weights_BC):
-    """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32)."""
+    The sums are of the tokens given; the other two of all that meet this device's words.
+    """
+    x_BCD, targets_BC, weights_BC = map(split.bring, (x_BCD, targets_BC, weights_BC))
     x_BCD = x_BCD.astype(jnp.float32)
     logits_BCW = jnp.einsum("bcd,dw->bcw", x_BCD, kernel_DW)
-    max_BC1 = jnp.max(logits_BCW, axis=-1, keepdims=True)
-    max_BC1 = jax.lax.pmax(max_BC1, words) if words else max_BC1
+    max_BC1 = split.max(jnp.max(logits_BCW, axis=-1, keepdims=True))
     exp_BCW = jnp.exp(logits_BCW - max_BC1)
-    sum_BC1 = _sum(jnp.sum(exp_BCW, axis=-1, keepdims=True), words)
+    sum_BC1 = split.sum(jnp.sum(exp_BCW, axis=-1, keepdims=True))
     normaliser_BC = (max_BC1 + jnp.log(sum_BC1))[..., 0]
     W = logits_BCW.shape[-1]
     # Where the target lies among this device's words; it may be another's.
-    here_BC1 = (targets_BC - (jax.lax.axis_index(words) * W if words else 0))[..., None]
+    here_BC1 = split.here(targets_BC, W)[..., None]
     is_here_BC1 = (here_BC1 >= 0) & (here_BC1 < W)
     picked_BC1 = jnp.take_along_axis(logits_BCW, jnp.clip(here_BC1, 0, W - 1), axis=-1)
-    picked_BC = _sum(jnp.where(is_here_BC1, picked_BC1, 0.0), words)[..., 0]
-    nll = jnp.sum(weights_BC * (normaliser_BC - picked_BC))
-    total = nll + z_loss * jnp.sum(weights_BC * normaliser_BC**2)
+    picked_BC = split.sum(jnp.where(is_here_BC1, picked_BC1, 0.0))[..., 0]
+    nll_BC, square_BC = weights_BC * (normaliser_BC - picked_BC), weights_BC * normaliser_BC**2
+    nll = jnp.sum(split.own(nll_BC))
+    total = nll + z_loss * jnp.sum(split.own(square_BC))
     scale_BC = weights_BC * (1 + 2 * z_loss * normaliser_BC)
     is_target_BCW = here_BC1 == jax.lax.broadcasted_iota(jnp.int32, logits_BCW.shape, 2)
     dlogits_BCW = exp_BCW * (scale_BC[..., None] / sum_BC1) - jnp.where(

@@ -14,7 +14,7 @@ from hybrid_jax.config import presets
 from hybrid_jax.inference import shapes
 from hybrid_jax.model.parallel import placement as placements
 from tests import aot
-from tests.model.parallel import program
+from tests.model.parallel import collectives
 
 pytestmark = pytest.mark.aot
 
@@ -98,9 +98,9 @@ def test_it_fits_with_the_state_updated_in_place(name):
 def test_devices_exchange_sums_of_tokens_and_nothing_of_weights_or_caches(name):
     compiled, _ = _build(name)
     tokens = CHUNK if "prefill" in name else 32
-    found = program.collectives(compiled)
+    found = collectives.of(compiled)
     assert {x.kind for x in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
-    # Sums of tokens by width, in float32; with asynchronous operations on TPU the operand too.
-    assert max(x.num_bytes for x in found) <= 2 * tokens * 6144 * 4
+    # Sums of tokens by width, in float32.
+    assert max(x.num_bytes for x in found) <= tokens * 6144 * 4
     gathered = [x.num_bytes for x in found if x.kind == "all-gather"]
-    assert sum(gathered) <= 2 * 32 * 6144 * 4
+    assert sum(gathered) <= 32 * 6144 * 4

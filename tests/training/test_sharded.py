@@ -167,6 +167,8 @@ def _gathered(model: str, kind: str, rules: str, mesh: str, remat: str) -> Count
         shape = skeleton.abstract[name].shape[-len(axes) :]
         used = _split(place.rules.used_parameter(axes, shape, place.shape, name), axes, sizes)
         stored = _split(place.rules.parameter(axes, shape, place.shape, name), axes, sizes)
+        # Words are used where they rest.
+        used = [s if axis is Logical.VOCAB else u for axis, s, u in zip(axes, stored, used)]
         half = [s if axis is Logical.MODEL else u for axis, s, u in zip(axes, stored, used)]
         for parts in (used, half):
             local = [n // p for n, p in zip(shape, parts, strict=True)]
@@ -177,12 +179,16 @@ def _gathered(model: str, kind: str, rules: str, mesh: str, remat: str) -> Count
     heads = _SIZES["num_heads"] // sizes["tensor"]
     rows = ROWS // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     states = (sizes["sequence"], rows, heads, _SIZES["head_dim"], _SIZES["head_dim"])
+    # Tokens of the devices that split words, each with its part of the rows' length.
+    meeting = (rows * sizes["expert"], LENGTH // sizes["sequence"])
 
     def what(one: collectives.Collective) -> str:
         dtype, _, dims = one.result.rstrip("]").partition("[")
         shape = tuple(int(size) for size in dims.split(",") if int(size) > 1)
-        if dtype == "s32":
+        if dtype == "s32" or shape == meeting:
             return "numbers"
+        if shape == (*meeting, _SIZES["hidden_dim"]):
+            return "tokens for words"
         if shape in parameters:
             return "parameter"
         if shape == states:
@@ -206,8 +212,9 @@ def test_split_rows_gather_states_and_rows_of_experts_and_no_activation():
     found = _gathered(*_DAILY[2])
     del found["numbers"], found["parameter"]
     # One lightning layer, forward and backward. Two layers of experts, each there and back, both
-    # ways: a CPU gathers where chips exchange.
-    assert found == {"states": 2, "rows of experts": 8}
+    # ways: a CPU gathers where chips exchange. Tokens go to the words of the head, and gradients to
+    # those of the embedding.
+    assert found == {"states": 2, "rows of experts": 8, "tokens for words": 2}
 
 
 def test_whole_parameters_are_gathered_and_gradients_of_the_largest_scattered():

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from hybrid_jax.model.ffn.router import Choice, Load
-from hybrid_jax.model.parallel import experts, lightning, own_experts, softmax, weights
+from hybrid_jax.model.parallel import experts, lightning, own_experts, softmax, weights, words
 from hybrid_jax.model.parallel.placement import ROWS, Placement
 from pallas_kernels import varying
 from sharding import Logical
@@ -135,7 +135,8 @@ def expert_mixture(
         return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
 
     rows = placement.spec(*ROWS, None)
-    gate_up, down = (weights.spec(placement, *axes) for axes in (gate_up_axes, down_axes))
+    gate_up = weights.spec(placement, gate_up_ED2F.shape, *gate_up_axes)
+    down = weights.spec(placement, down_EFD.shape, *down_axes)
     choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
     specs = (rows, rows, rows, gate_up, down)
     out_specs = rows, PartitionSpec()
@@ -195,20 +196,21 @@ def stacked_expert_mixture(
     )
 
 
-def look_up(placement: Placement, table_WD, tokens_BT) -> jax.Array:
+def look_up(placement: Placement, table_WD, tokens_BT, dtype) -> jax.Array:
     """Rows of a table whose words are split: each device gives those it has, and the sum is all."""
-    words = placement.axes_of(Logical.VOCAB)
     axes = Logical.VOCAB, Logical.MODEL
+    split = words.of(placement, table_WD.shape, *axes)
 
     def local(table_WD, tokens_BT):
         table_WD = weights.whole(placement, table_WD, *axes)
-        table_WD, tokens_BT = varying.alike(table_WD, tokens_BT)
+        table_WD, tokens_BT = varying.alike(table_WD, split.bring(tokens_BT))
         W = table_WD.shape[0]
-        here_BT = tokens_BT - (jax.lax.axis_index(words) * W if words else 0)
+        here_BT = split.here(tokens_BT, W)
         is_here_BT = (here_BT >= 0) & (here_BT < W)
         x_BTD = jnp.where(is_here_BT[:, :, None], table_WD.at[here_BT].get(mode="clip"), 0)
-        return jax.lax.psum(x_BTD, words) if words else x_BTD
+        # One device has a word, so the sum is exact in any dtype.
+        return split.add_and_return(x_BTD.astype(dtype))
 
     rows = placement.spec(*ROWS)
-    specs = (weights.spec(placement, *axes), rows)
+    specs = (weights.spec(placement, table_WD.shape, *axes), rows)
     return _run(placement, local, specs, placement.spec(*ROWS, None), table_WD, tokens_BT)

@@ -10,13 +10,14 @@ from hybrid_jax.model.parallel.placement import Placement
 from sharding import Logical
 
 
-def spec(placement: Placement, *axes: Logical) -> PartitionSpec:
-    """How `jax.shard_map` takes a weight that `whole` then is given."""
-    parts = [
-        _parts(placement, axes) if logical is Logical.MODEL else placement.axes_of(logical)
-        for logical in axes
-    ]
-    return PartitionSpec(*(part or None for part in parts))
+def spec(placement: Placement, shape: tuple[int, ...], *axes: Logical) -> PartitionSpec:
+    """How `jax.shard_map` takes a weight of this shape that `whole` then is given: as it rests."""
+    at_rest = placement.parameter("a weight", axes, shape).spec
+    entries = [*at_rest, *[None] * (len(axes) - len(at_rest))]
+    parts = _parts(placement, axes) or None
+    return PartitionSpec(
+        *(parts if logical is Logical.MODEL else entry for logical, entry in zip(axes, entries))
+    )
 
 
 def whole(placement: Placement, weight: jax.Array, *axes: Logical, dtype=None) -> jax.Array:

@@ -1,11 +1,10 @@
 """What devices exchange in a compiled program."""
 
-import math
 import re
 from typing import NamedTuple
 
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-_BYTES = {"bf16": 2, "f32": 4, "s32": 4}
+from hybrid_jax.plan import hlo
+from hybrid_jax.plan.collectives import kind_of
 
 
 class Collective(NamedTuple):
@@ -13,19 +12,26 @@ class Collective(NamedTuple):
 
     kind: str
     result: str
+    trips: int = 1
+    """How often it runs, if it is in a loop that the program counts."""
 
     @property
     def num_bytes(self) -> int:
-        dtype, dims = self.result.rstrip("]").split("[")
-        return _BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size)
+        """Of the result, once."""
+        return hlo.shape_bytes(self.result)
 
 
 def of(compiled) -> list[Collective]:
-    """Every collective of a program, one in a loop once; of several in one, each array."""
+    """Every collective of a program; of several in one, each array."""
+    program = hlo.read(compiled.as_text())
+    loops = [x for body in program.computations.values() for x in body if x.opcode == "while"]
+    trips = {loop.attribute(r"body=%?([\w.\-]+)"): program.trips(loop) for loop in loops}
     found = []
-    for line in compiled.as_text().splitlines():
-        # Of an asynchronous pair the end: the type of its start holds the operands as well.
-        if match := re.search(rf" = (.*?) ({_KINDS})(-done)?\(", line):
-            types = re.findall(r"\w+\[[\d,]*\]", match[1])
-            found += [Collective(match[2], one) for one in types]
+    for name, body in program.computations.items():
+        for each in body:
+            # Of an asynchronous pair the end: the type of its start holds the operands as well.
+            kind = kind_of(each.opcode.removesuffix("-done"))
+            if kind is not None and not each.opcode.endswith("-start"):
+                types = re.findall(r"\w+\[[\d,]*\]", each.shape)
+                found += [Collective(kind, one, trips.get(name) or 1) for one in types]
     return found

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from tests import aot
-from tests.model.parallel import program, rows
+from tests.model.parallel import collectives, rows
 
 pytestmark = pytest.mark.aot
 SPLASH = ["splash_mha_dkv", "splash_mha_dq", "splash_mha_fwd"]
@@ -37,7 +37,7 @@ def test_the_ring_is_splash_attention_and_permutes():
     assert sorted(set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", text))) == SPLASH
     # The only loops are the two rings: the blockwise implementation would loop inside them.
     assert len(re.findall(r" while\(", text)) == 2
-    assert {x.kind for x in program.collectives(compiled(T))} == {"collective-permute"}
+    assert {x.kind for x in collectives.of(compiled(T))} == {"collective-permute"}
 
 
 def test_temporaries_are_linear_in_the_tokens():

@@ -194,7 +194,7 @@ def test_shards_exchange_states_once_in_each_direction(length, with_ids):
     assert _collectives(_gradients(attend, (0, 1, 2, 4)), *arguments) == [_STATES] * 2
     # If anybody asks for that of the decays, one number a head is summed.
     found = _collectives(_gradients(attend, (0, 1, 2, 3, 4)), *arguments)
-    assert sorted(found) == [_STATES, _STATES, ("all-reduce", "f32[4]")]
+    assert sorted(found) == [_STATES, _STATES, collectives.Collective("all-reduce", "f32[4]")]
 
 
 def test_a_saved_state_is_not_gathered_again_when_a_layer_is_recomputed():

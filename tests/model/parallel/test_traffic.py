@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from hybrid_jax.model.parallel import balance
 from hybrid_jax.model.parallel.ring import Ring, blocks_of_step
-from tests.model.parallel import program, rows
+from tests.model.parallel import collectives, rows
 
 INPUTS = rows.make_inputs(documents=[(1, 20), (2, 30), (0, 14)])
 
@@ -33,11 +33,11 @@ def compiled(size: int, method: str, *, gradient: bool):
     ],
 )
 def test_each_method_has_its_own_collectives_and_no_others(method, kinds):
-    found = program.collectives(compiled(4, method, gradient=True))
+    found = collectives.of(compiled(4, method, gradient=True))
     assert {x.kind for x in found} == kinds
     if method != "ring":
-        # k and v and back; q, k, v, out and back.
-        assert len(found) == {"all_gather": 4, "heads": 8}[method]
+        # k and v and back; q, k, v, out and back, each with a part for each of four devices.
+        assert len(found) == {"all_gather": 4, "heads": 8 * 4}[method]
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -49,7 +49,7 @@ def test_a_ring_sends_what_is_promised(size):
     # The first step of the second ring was made in the first: XLA finds that nothing differs.
     backward = q + k + v + out + (size - 2) * (k + v) + size * (k + v)
     for gradient, expected in ((False, forward), (True, forward + backward)):
-        found = program.collectives(compiled(size, "ring", gradient=gradient))
+        found = collectives.of(compiled(size, "ring", gradient=gradient))
         assert sum(x.num_bytes * x.trips for x in found) == expected
 
 
