@@ -22,7 +22,9 @@ class Rules:
     parameters: Table
     """At rest: parameters, gradients, moments."""
     experts: Table
-    """The same for parameters that have an EXPERTS dim: they may be split otherwise."""
+    """The same for the matrices of experts: they may be split otherwise, and what would split MODEL
+    splits their rows, if it divides them, whichever dim these are: parts of rows are gathered as they
+    lie, parts of columns have to be put together."""
     activations: Table
     """Batch, time, and what the layers compute."""
 
@@ -43,6 +45,11 @@ class Rules:
         for logical, size in zip(axes, shape, strict=True):
             if logical is not Logical.MODEL and logical in table:
                 table[logical] = self._dividing(logical, table[logical], size, mesh)
+        if self._table(axes) is self.experts and axes.index(Logical.FFN) < axes.index(Logical.MODEL):
+            rows = table.get(Logical.FFN, ()) + table.get(Logical.MODEL, ())
+            count = math.prod(mesh.sizes[axis] for axis in rows)
+            if shape[axes.index(Logical.FFN)] % count == 0:
+                table |= {Logical.FFN: rows, Logical.MODEL: ()}
         return _spec(table, axes, shape, mesh, name)
 
     def used_parameter(
@@ -53,10 +60,6 @@ class Rules:
         # whole in both tables.
         table = {logical: self.activations.get(logical, ()) for logical in self._table(axes)}
         return _spec(table, axes, shape, mesh, name)
-
-    def stored_over(self, axes: Sequence[Logical], logical: Logical) -> tuple[str, ...]:
-        """Mesh axes that split one dim of a parameter with these dims at rest."""
-        return self._table(axes).get(logical, ())
 
     def activation(
         self, axes: Sequence[Logical | None], shape: Sequence[int], mesh: MeshShape, name: str

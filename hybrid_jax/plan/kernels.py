@@ -40,6 +40,8 @@ def seconds(
     goes through these alone.
     """
     kernel = stem(instruction.name)
+    if kernel == "unfilled":
+        return 0.0
     rate = rates().get(chip, {}).get(family(kernel))
     if rate is None:
         return None
@@ -57,8 +59,10 @@ def units(kernel: str, operands: list[list[int]], results: list[list[int]], fill
     """What a kernel's work is counted in.
 
     Lightning attention: numbers in q. Splash attention: scores in tiles that are not skipped.
-    Grouped products: multiplications, of rows that are there.
+    Rows packed and unpacked: numbers. Grouped products: multiplications, of rows that are there.
     """
+    if kernel in ("pack_rows", "unpack_rows"):
+        return max(math.prod(dims) for dims in operands + results)
     if kernel.startswith("lightning_attention"):
         return max(math.prod(dims) for dims in operands)
     if kernel.startswith("splash"):

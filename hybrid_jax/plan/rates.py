@@ -22,6 +22,7 @@ from hybrid_jax.targets.schedule import schedule_of
 from pallas_kernels.grouped_matmul.pallas_tpu import visits
 from pallas_kernels.grouped_swiglu import pallas_tpu as swiglu
 from pallas_kernels.softmax_attention import splash
+from sharding import tpu_rows
 
 TARGETS = ("v5e", "v5p", "v6e", "tpu7x")
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 8192, 64, 8, 128
@@ -68,9 +69,21 @@ def _experts(heads: int):
     return both, (x, gate_up, down, x)
 
 
+def _rows(heads: int):
+    """Rows to words and back, as they travel between devices."""
+    rows = EXPERTS * ROWS
+
+    def both(x, is_kept):
+        return tpu_rows.unpack(tpu_rows.pack(x), is_kept, WIDTH)
+
+    return both, (_array(rows, WIDTH), _array(rows, dtype=jnp.bool_))
+
+
 # By name: this file may be run as a script.
 _BUILD = "hybrid_jax.plan.rates:build"
-_CALLS: dict[str, Callable] = {"lightning": _lightning, "splash": _splash, "experts": _experts}
+_CALLS: dict[str, Callable] = {
+    "lightning": _lightning, "splash": _splash, "experts": _experts, "rows": _rows
+}  # fmt: skip
 
 
 def build(call: str, name: str):
@@ -98,6 +111,8 @@ def measure(target: str) -> dict[str, float]:
             elif call == "splash":
                 # The schedule goes into every tile, for which to skip depends on a table.
                 units = float(heads * LENGTH * LENGTH)
+            elif call == "rows":
+                units = float(EXPERTS * ROWS * WIDTH)
             else:
                 units = products * (2 if "gate_up" in name or name.endswith("dx") else 1)
             found[name] = max(found.get(name, 0.0), kernel.predicted_ms / 1e3 / units)

@@ -49,21 +49,19 @@ def cross_entropy(
     arrays = x_BTD, kernel_DW, targets_BT, weights_BT
     if placement is None:
         return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, words.WHOLE, *arrays))
-    axes, tokens = (Logical.MODEL, Logical.VOCAB), placement.spec(*ROWS)
-    shared, split = placement.token_axes, words.of(placement, kernel_DW.shape, *axes)
+    kernel = weights.of(placement, kernel_DW.shape, Logical.MODEL, Logical.VOCAB)
+    shared, split = placement.token_axes, words.of(kernel, 1)
+    tokens = placement.spec(*ROWS)
 
     def local(x_BTD, kernel_DW, targets_BT, weights_BT):
-        kernel_DW = weights.whole(placement, kernel_DW, *axes)
+        kernel_DW = kernel.whole(kernel_DW)
         sums = _cross_entropy(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT)
         return jax.lax.psum(sums, shared) if shared else sums
 
     sums = jax.shard_map(
         local,
         mesh=placement.mesh,
-        in_specs=(
-            *(placement.spec(*ROWS, None), weights.spec(placement, kernel_DW.shape, *axes)),
-            *(tokens, tokens),
-        ),
+        in_specs=(placement.spec(*ROWS, None), kernel.spec, tokens, tokens),
         out_specs=PartitionSpec(),
     )(*arrays)
     return TokenLoss(*sums)

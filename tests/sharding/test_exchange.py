@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from sharding import exchange
+from sharding import exchange, tpu_rows
 from tests import aot
 
 D, E, ROWS, ARRIVE = 3, 8, 24, 60
@@ -132,7 +132,6 @@ def test_the_native_collective_is_asked_for_the_same_rows(degree, name, dtype, m
     x = x.reshape(-1, D).astype(dtype)
     twin = jax.jit(on_devices(degree, there_and_back))(x, counts, kept)
     monkeypatch.setattr(lax, "ragged_all_to_all", documented_ragged_all_to_all)
-    monkeypatch.setattr(lax, "empty", garbage)
     native = functools.partial(there_and_back, function=getattr(exchange, name))
     ours = jax.jit(
         jax.shard_map(
@@ -147,14 +146,16 @@ def test_the_native_collective_is_asked_for_the_same_rows(degree, name, dtype, m
         np.testing.assert_array_equal(left, right)
 
 
-def test_rows_of_whole_tiles_are_the_same_rows(monkeypatch):
+# One tile of words, and one and a half.
+@pytest.mark.parametrize("width", [2048, 3072])
+def test_rows_in_tiles_of_words_are_the_same_rows(width, monkeypatch):
     _, counts, kept = inputs(4)
-    width = 2 * 8 * exchange._LANES
     x = np.random.default_rng(1).normal(size=(8 * ROWS, width)).astype(jnp.bfloat16)
     twin = jax.jit(on_devices(4, there_and_back))(x, counts, kept)
     monkeypatch.setattr(lax, "ragged_all_to_all", documented_ragged_all_to_all)
-    monkeypatch.setattr(lax, "empty", garbage)
-    native = functools.partial(there_and_back, function=exchange._ragged_words_to_all)
+    monkeypatch.setattr(tpu_rows, "unfilled", lambda shape, dtype, *_, **__: garbage(shape, dtype))
+    function = functools.partial(exchange._ragged_words_to_all, interpret=True)
+    native = functools.partial(there_and_back, function=function)
     specs = (SPLIT, PartitionSpec(), PartitionSpec())
     placed = jax.shard_map(
         native, mesh=mesh_of(4), in_specs=specs, out_specs=SPLIT, check_vma=False
@@ -185,9 +186,9 @@ def test_what_does_not_divide_or_fit_is_said():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("told", "width"), [(False, 512), (True, 2048)])
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100:8", "b200:8"])
-def test_programs_for_chips_hold_the_native_collective(target, told):
+def test_programs_for_chips_hold_the_native_collective(target, told, width):
     devices = aot.devices(target)
     platform = devices[0].platform if told else None
 
@@ -203,7 +204,7 @@ def test_programs_for_chips_hold_the_native_collective(target, told):
     whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, SPLIT)
     x, dout = (
-        jax.ShapeDtypeStruct((len(devices) * rows, 512), jnp.bfloat16, sharding=split)
+        jax.ShapeDtypeStruct((len(devices) * rows, width), jnp.bfloat16, sharding=split)
         for rows in (1024, 2048)
     )
     counts = jax.ShapeDtypeStruct((len(devices), 4 * len(devices)), jnp.int32, sharding=whole)

@@ -33,6 +33,13 @@ def test_experts_are_split_otherwise_than_the_rest():
     assert _parameter("expert", *gate_up, **sizes) == PartitionSpec(
         "expert", "fsdp", None, "tensor"
     )
+    # Rows, not columns, wherever they divide.
+    down = _L.EXPERTS, _L.FFN, _L.MODEL
+    parts = PartitionSpec("expert", ("tensor", "fsdp"))
+    assert _parameter("expert", down, (8, 32, 16), **sizes) == parts
+    assert _parameter("expert", down, (8, 6, 16), **sizes) == PartitionSpec(
+        "expert", "tensor", "fsdp"
+    )
     # The router sees all experts from everywhere.
     assert _parameter("expert", *router, **sizes) == PartitionSpec("fsdp")
 

@@ -117,7 +117,9 @@ def expert_mixture(
     )
     options = placement.experts
     gate_up_axes = Logical.EXPERTS, Logical.MODEL, Logical.PARTS, Logical.FFN
+    gate_up = weights.of(placement, gate_up_ED2F.shape, *gate_up_axes)
     down_axes = Logical.EXPERTS, Logical.FFN, Logical.MODEL
+    down = weights.of(placement, down_EFD.shape, *down_axes)
 
     def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
         x_TD, expert_TA, weight_TA = (
@@ -125,9 +127,8 @@ def expert_mixture(
         )
         # Side by side while it is a part: the whole and its gradient are not laid out anew then.
         gate_up_EDX = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
-        axes_EDX = Logical.EXPERTS, Logical.MODEL, Logical.FFN
-        gate_up_EDX = weights.whole(placement, gate_up_EDX, *axes_EDX, dtype=x_BTD.dtype)
-        down_EFD = weights.whole(placement, down_EFD, *down_axes, dtype=x_BTD.dtype)
+        gate_up_EDX = gate_up.whole(gate_up_EDX, x_BTD.dtype)
+        down_EFD = down.whole(down_EFD, x_BTD.dtype)
         out_TD, load = experts.expert_mixture(
             x_TD, Choice(expert_TA, weight_TA), gate_up_EDX, down_EFD, num_experts, axes,
             options.capacity, token_groups=options.token_groups, platform=placement.platform,
@@ -135,10 +136,8 @@ def expert_mixture(
         return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
 
     rows = placement.spec(*ROWS, None)
-    gate_up = weights.spec(placement, gate_up_ED2F.shape, *gate_up_axes)
-    down = weights.spec(placement, down_EFD.shape, *down_axes)
     choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)
-    specs = (rows, rows, rows, gate_up, down)
+    specs = (rows, rows, rows, gate_up.spec, down.spec)
     out_specs = rows, PartitionSpec()
     return _run(placement, local, specs, out_specs, x_BTD, *choices, gate_up_ED2F, down_EFD)
 
@@ -198,11 +197,11 @@ def stacked_expert_mixture(
 
 def look_up(placement: Placement, table_WD, tokens_BT, dtype) -> jax.Array:
     """Rows of a table whose words are split: each device gives those it has, and the sum is all."""
-    axes = Logical.VOCAB, Logical.MODEL
-    split = words.of(placement, table_WD.shape, *axes)
+    table = weights.of(placement, table_WD.shape, Logical.VOCAB, Logical.MODEL)
+    split = words.of(table, 0)
 
     def local(table_WD, tokens_BT):
-        table_WD = weights.whole(placement, table_WD, *axes)
+        table_WD = table.whole(table_WD)
         table_WD, tokens_BT = varying.alike(table_WD, split.bring(tokens_BT))
         W = table_WD.shape[0]
         here_BT = split.here(tokens_BT, W)
@@ -212,5 +211,5 @@ def look_up(placement: Placement, table_WD, tokens_BT, dtype) -> jax.Array:
         return split.add_and_return(x_BTD.astype(dtype))
 
     rows = placement.spec(*ROWS)
-    specs = (weights.spec(placement, table_WD.shape, *axes), rows)
+    specs = (table.spec, rows)
     return _run(placement, local, specs, placement.spec(*ROWS, None), table_WD, tokens_BT)

@@ -1,6 +1,7 @@
 """Weights that are stored in parts, inside `jax.shard_map`: whole while they are used."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -10,38 +11,53 @@ from hybrid_jax.model.parallel.placement import Placement
 from sharding import Logical
 
 
-def spec(placement: Placement, shape: tuple[int, ...], *axes: Logical) -> PartitionSpec:
-    """How `jax.shard_map` takes a weight of this shape that `whole` then is given: as it rests."""
+class Stored(NamedTuple):
+    """How one weight comes to a device, from `of`; static."""
+
+    split: tuple[tuple[str, ...], ...]
+    """Mesh axes that split each dim as `jax.shard_map` takes it: as it rests."""
+    dim: int
+    parts: tuple[str, ...]
+    """Mesh axes that split `dim` at rest and tokens in use, and no dim of the weight in use."""
+    token_axes: tuple[str, ...]
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """`split`, for the `in_specs` of `jax.shard_map`."""
+        return PartitionSpec(*(entry or None for entry in self.split))
+
+    def whole(self, weight: jax.Array, dtype=None) -> jax.Array:
+        """This device's part of the weight as it is used, in the dtype it is used in.
+
+        Its gradient is summed over the devices that hold other tokens, in the weight's own dtype,
+        and each gets the part that it stores: XLA makes that of a sum over whole weights only where
+        it can see both, and would let every device hold all of it.
+        """
+        dtype = weight.dtype if dtype is None else dtype
+        # What copies of a part have for it is summed after the parts are dealt out.
+        missing = set(self.token_axes) - set(jax.typeof(weight).manual_axis_type.varying)
+        weight = lax.pcast(weight, tuple(missing), to="varying") if missing else weight
+        if not self.parts:
+            return weight.astype(dtype)
+        return _gather(self.parts, self.dim, dtype, weight.dtype, weight)
+
+
+def of(placement: Placement, shape: tuple[int, ...], *axes: Logical) -> Stored:
+    """For a weight of this shape, whose dims mean `axes`. Words are used where they rest."""
     at_rest = placement.parameter("a weight", axes, shape).spec
-    entries = [*at_rest, *[None] * (len(axes) - len(at_rest))]
-    parts = _parts(placement, axes) or None
-    return PartitionSpec(
-        *(parts if logical is Logical.MODEL else entry for logical, entry in zip(axes, entries))
-    )
+    entries = [*map(_names, at_rest), *[()] * (len(axes) - len(at_rest))]
+    dim, parts = 0, ()
+    for at, (logical, entry) in enumerate(zip(axes, entries)):
+        extra = [axis for axis in entry if axis not in placement.axes_of(logical)]
+        if extra and logical is not Logical.VOCAB:
+            dim, parts = at, tuple(axis for axis in extra if axis in placement.token_axes)
+            # What is left splits neither tokens nor work: XLA brings it together before.
+            entries[at] = tuple(axis for axis in entry if axis not in extra or axis in parts)
+    return Stored(tuple(entries), dim, parts, placement.token_axes)
 
 
-def whole(placement: Placement, weight: jax.Array, *axes: Logical, dtype=None) -> jax.Array:
-    """This device's part of a weight as it is used, in the dtype it is used in.
-
-    Its gradient is summed over the devices that hold other tokens, in the weight's own dtype, and
-    each gets the part that it stores: XLA makes that of a sum over whole weights only where it can
-    see both, and would let every device hold all of it.
-    """
-    dtype = weight.dtype if dtype is None else dtype
-    # What copies of a part have for it is summed after the parts are dealt out.
-    missing = set(placement.token_axes) - set(jax.typeof(weight).manual_axis_type.varying)
-    weight = lax.pcast(weight, tuple(missing), to="varying") if missing else weight
-    parts = _parts(placement, axes)
-    if not parts:
-        return weight.astype(dtype)
-    return _gather(parts, axes.index(Logical.MODEL), dtype, weight.dtype, weight)
-
-
-def _parts(placement: Placement, axes: tuple[Logical, ...]) -> tuple[str, ...]:
-    """Mesh axes that split MODEL at rest and tokens in use, and no other dim of the weight."""
-    used = {axis for logical in axes for axis in placement.axes_of(logical)}
-    stored = placement.rules.stored_over(axes, Logical.MODEL)
-    return tuple(axis for axis in stored if axis in placement.token_axes and axis not in used)
+def _names(entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

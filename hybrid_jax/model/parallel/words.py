@@ -6,8 +6,6 @@ import jax
 from jax import lax
 
 from hybrid_jax.model.parallel import weights
-from hybrid_jax.model.parallel.placement import Placement
-from sharding import Logical
 
 
 class Words(NamedTuple):
@@ -53,8 +51,7 @@ WHOLE = Words((), ())
 """All words on every device."""
 
 
-def of(placement: Placement, shape: tuple[int, ...], *axes: Logical) -> Words:
-    """How the words of a weight are split: as it rests, for it is used like that."""
-    entry = weights.spec(placement, shape, *axes)[axes.index(Logical.VOCAB)]
-    split = (entry,) if isinstance(entry, str) else entry or ()
-    return Words(split, tuple(axis for axis in split if axis in placement.token_axes))
+def of(stored: weights.Stored, dim: int) -> Words:
+    """How the words of a weight are split, which are its dim `dim`."""
+    split = stored.split[dim]
+    return Words(split, tuple(axis for axis in split if axis in stored.token_axes))
