@@ -56,7 +56,8 @@ def _combine_bwd(residuals, dout_TD):
         .at[row_TA.reshape(-1)]
         .set(weight_TA.reshape(-1), unique_indices=True)
     )
-    dout_RD = dout_TD[token_R]
+    # In the dtype of the rows, which their gradient gets anyway: half the bytes to gather.
+    dout_RD = dout_TD.astype(y_RD.dtype)[token_R].astype(jnp.float32)
     dy_RD = (weight_R[:, None] * dout_RD).astype(y_RD.dtype)
     dweight_R = jnp.sum(dout_RD * y_RD.astype(jnp.float32), axis=-1)
     return dy_RD, dweight_R[row_TA], None, None

@@ -122,6 +122,7 @@ def expert_mixture(
     down = weights.of(placement, down_EFD.shape, *down_axes)
 
     def local(x_BTD, expert_BTA, weight_BTA, gate_up_ED2F, down_EFD):
+        x_BTD = placement.row_major(x_BTD)
         x_TD, expert_TA, weight_TA = (
             x.reshape(-1, x.shape[2]) for x in (x_BTD, expert_BTA, weight_BTA)
         )
@@ -133,7 +134,8 @@ def expert_mixture(
             x_TD, Choice(expert_TA, weight_TA), gate_up_EDX, down_EFD, num_experts, axes,
             options.capacity, token_groups=options.token_groups, platform=placement.platform,
         )  # fmt: skip
-        return out_TD.reshape(x_BTD.shape), load.total(placement.token_axes)
+        out_BTD = placement.row_major(out_TD.reshape(x_BTD.shape))
+        return out_BTD, load.total(placement.token_axes)
 
     rows = placement.spec(*ROWS, None)
     choices = (x.reshape(*x_BTD.shape[:2], -1) for x in choice)

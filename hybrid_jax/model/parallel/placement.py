@@ -5,6 +5,7 @@ import functools
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity
@@ -72,6 +73,15 @@ class Placement:
     def constrain(self, x, *axes: Logical | None):
         """Tell the compiler where an activation lives."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+    def row_major(self, x):
+        """On TPUs: rows of the last dim lie in one piece, as gathers and kernels want them.
+
+        XLA would choose tokens for that, and copy what each layer gathers there and back.
+        """
+        if self.platform != "tpu":
+            return x
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
     def activation(self, name: str, axes, shape) -> NamedSharding:
         """`sharding` of an array of this shape; ValueError if a dim of it does not divide."""
