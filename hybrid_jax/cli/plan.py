@@ -35,6 +35,8 @@ class Args:
     """Tokens a row, or of context; default 8192."""
     remat: str | None = None
     """What the backward pass computes again; default: the preset's."""
+    moments: typing.Literal["float32", "bfloat16"] = "float32"
+    """How AdamW keeps its moments: 8 bytes a parameter, or 4."""
     accumulate: int = 1
     """Rounds a batch is split into."""
     capacity: float | None = None
@@ -69,8 +71,8 @@ def run(args: Args) -> int:
     note = lambda text: print(text, file=sys.stderr, flush=True)
     request = request_for(
         args.preset, args.target, args.step, mesh=args.mesh, rules=args.rules, batch=args.batch,
-        seq=args.seq, remat=args.remat, accumulate=args.accumulate, chunk=args.chunk,
-        capacity=args.capacity, token_groups=args.token_groups,
+        seq=args.seq, remat=args.remat, moments=args.moments, accumulate=args.accumulate,
+        chunk=args.chunk, capacity=args.capacity, token_groups=args.token_groups,
     )  # fmt: skip
     if args.search:
         reports, failures = search(request, note, args.price)

@@ -109,9 +109,12 @@ class Schedule:
         _check(self, 0, "warmup_steps")
 
 
+MOMENTS = ("float32", "bfloat16")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """AdamW with clipping of the global gradient norm; moments are float32."""
+    """AdamW with clipping of the global gradient norm; arithmetic is float32."""
 
     b1: float = 0.9
     """Decay of the first moment (MiniMax-01 report, section 4.2)."""
@@ -123,8 +126,13 @@ class AdamW:
     """Decoupled decay of matrices; norms, biases and vectors are never decayed."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; None clips nothing."""
+    moments: str = "float32"
+    """How both moments are kept: float32, or bfloat16 at 4 bytes a parameter less (as DeepSeek-V3
+    was trained, arXiv 2412.19437, section 3.3.3)."""
 
     def __post_init__(self):
+        if self.moments not in MOMENTS:
+            raise ValueError(f"AdamW.moments must be one of {MOMENTS}; got {self.moments!r}.")
         _check_fraction(self, "b1")
         _check_fraction(self, "b2")
         _check(self, 0, "eps", "weight_decay")

@@ -80,8 +80,16 @@ def _group(instruction: hlo.Instruction, devices: int) -> tuple[int, ...]:
         return max(groups, key=len)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _iota(int(iota[2]), _numbers(iota[3]), _numbers(iota[4]) if iota[4] else None)
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", text):
-        return _mesh(mesh[1], mesh[2])
+    if mesh := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{(.*?)\}", text
+    ):
+        group = _mesh(mesh[1], mesh[4])
+        if mesh[2]:
+            order = _iota(devices, _numbers(mesh[2]), _numbers(mesh[3]))
+            group = tuple(order[number] for number in group)
+        return group
+    if unknown := re.search(r"replica_groups=(?!\{\}).{0,80}", text):
+        raise ValueError(f"The groups of a collective are written in an unknown way: {unknown[0]}")
     return tuple(range(devices))
 
 
@@ -90,7 +98,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(group_size: int, shape: Sequence[int], order: Sequence[int] | None) -> tuple[int, ...]:
-    """First group of the devices 0, 1, ... in `shape`, transposed, and cut into groups."""
+    """First group of the devices 0, 1, ... in `shape`, transposed, and cut into groups of a size."""
     order = order or range(len(shape))
     strides = _strides(shape)
     sizes = [shape[dim] for dim in order]

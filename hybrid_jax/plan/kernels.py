@@ -66,9 +66,14 @@ def units(kernel: str, operands: list[list[int]], results: list[list[int]], fill
     if kernel.startswith("lightning_attention"):
         return max(math.prod(dims) for dims in operands)
     if kernel.startswith("splash"):
-        heads, length, _ = max((dims for dims in operands if len(dims) == 3), key=math.prod)
+        # Queries; a ring's two blocks a step have a dim of their own before heads.
+        rank = max(map(len, operands))
+        *heads, length, _ = max((dims for dims in operands if len(dims) == rank), key=math.prod)
         tiles = max(1, length // _SCORE_TILE)
-        return heads * length * length * (1 + 1 / tiles) / 2
+        scores = math.prod(heads) * length * length
+        # A call that skips tiles is given a table of them, [1, tiles, tiles].
+        skips = any(len(dims) == 3 and dims[0] == 1 and dims[1] == dims[2] for dims in operands)
+        return scores * (1 + 1 / tiles) / 2 if skips else float(scores)
     # Rows `[R, K]` or `[P, R, K]`, matrices `[E, K, N]`, among operands or results.
     arrays = operands + results
     rows = next(dims[0] for dims in arrays if len(dims) == 2)

@@ -27,6 +27,8 @@ class Request:
     """train: tokens a row; prefill and decode: the length of the context."""
     remat: str | None = None
     """train: what the backward pass computes again; None is the preset's."""
+    moments: str = "float32"
+    """train: how AdamW keeps its moments."""
     accumulate: int = 1
     """train: rounds that a batch is split into."""
     capacity: float | None = None

@@ -56,6 +56,7 @@ def _train(request: Request, config: model_config.ModelConfig, placement) -> Bui
         steps=1000,
         batch_size=request.batch,
         accumulate=request.accumulate,
+        optimizer=train_config.AdamW(moments=request.moments),
     )
     placing.check(run, placement)
     skeleton = parameters.Skeleton(config)

@@ -11,6 +11,7 @@ def lines(report: dict) -> list[str]:
         f"{report['chips']} chips ({report['devices']} devices) as {report['mesh']}, rules "
         f"{report['rules']}; batch {report['batch']} x {report['seq']:,} tokens"
         + (f", remat {report['remat']}" if report["remat"] else "")
+        + (f", moments {report['moments']}" if report["moments"] != "float32" else "")
         + f". Compiled in {report['compile_seconds']:.0f} s, with "
         f"{report['host_peak_bytes'] / 1e9:.1f} GB of this machine's memory.",
         "",

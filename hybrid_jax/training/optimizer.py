@@ -43,9 +43,10 @@ class Optimizer:
         self._transform = optax.chain(*transforms)
 
     def init(self, params: Named):
-        """The state before the first update; moments are float32 whatever the parameters are."""
+        """The state before the first update; moments are as configured, whatever parameters are."""
         with jax.numpy_dtype_promotion("standard"):
-            return self._transform.init(_float32(params))
+            state = self._transform.init(_float32(params))
+        return _floats_as(self._config.optimizer.moments, state)
 
     def learning_rate(self, step) -> jax.Array:
         """The rate of update `step`, from 0."""
@@ -60,7 +61,9 @@ class Optimizer:
         with jax.numpy_dtype_promotion("standard"):
             values, gradients = _float32(params), _float32(gradients)
             norm = optax.tree.norm(gradients)
-            updates, new_state = self._transform.update(gradients, state, values)
+            moments = _floats_as("float32", state)
+            updates, new_state = self._transform.update(gradients, moments, values)
+            new_state = _floats_as(self._config.optimizer.moments, new_state)
             rate = self.learning_rate(step)
             new_params = {
                 name: (values[name] - rate * updates[name]).astype(params[name].dtype)
@@ -72,6 +75,15 @@ class Optimizer:
 
 def _float32(named: Named) -> Named:
     return {name: array.astype(jnp.float32) for name, array in named.items()}
+
+
+def _floats_as(dtype: str, tree):
+    """All arrays of real numbers in one dtype; counts as they are."""
+
+    def one(array):
+        return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+    return jax.tree.map(one, tree)
 
 
 def _check_dtypes(before, after) -> None:

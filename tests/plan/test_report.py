@@ -116,6 +116,9 @@ def test_defaults_multiply_out_and_use_every_axis(preset, step, devices, seq):
             1,
             64 * 8192**2 * 9 / 16,
         ),
+        # Two blocks of a ring, which hides nothing.
+        ("splash_mha_dq_x", ["bf16[2,64,512,128]", "s32[2,8,512]"], "f32[1]", 1, 128 * 512**2),
+        ("pack_rows", ["bf16[80,512]"], "u32[80,8,128]", 1, 80 * 8 * 128),
         ("grouped_swiglu_gate_up", ["bf16[80,6]", "bf16[4,6,10]"], "bf16[80,5]", 0.5, 40 * 60),
         ("grouped_swiglu_dx", ["bf16[2,80,5]", "bf16[4,6,10]"], "bf16[80,6]", 1, 80 * 60),
         ("grouped_swiglu_ddown", ["bf16[80,5]", "bf16[1,80,6]"], "bf16[4,5,6]", 1, 80 * 30),

@@ -113,6 +113,10 @@ def test_one_without_a_start_is_waited_for():
         ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
         ("replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1':(1)4}", (0, 2, 4, 6)),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,2,2]T(0,2,1)) {'axis_0'}",
+            (0, 1, 4, 5),
+        ),
         ("source_target_pairs={{0,2},{2,4},{4,0}}", (0, 2, 4)),
         ("channel_id=1", (0, 1, 2, 3, 4, 5, 6, 7)),
     ],

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hybrid_jax.config import training as t
 from hybrid_jax.data import Batch
@@ -81,6 +82,30 @@ def test_the_update_is_adamw_with_clipping():
     # The first step of Adam: moment over its root, both corrected for bias.
     np.testing.assert_allclose(after["w"], 1 - 0.1 * clipped / (clipped + 1e-2), rtol=1e-5)
     np.testing.assert_allclose(norm, 5.0, rtol=1e-6)
+
+
+def test_moments_of_half_the_bytes_give_nearly_the_same_updates():
+    params = {"w": jnp.ones((4, 64))}
+
+    def trained(moments):
+        config = small.small_run(
+            optimizer=t.AdamW(moments=moments, eps=1e-6), schedule=t.Schedule(peak=0.1)
+        )
+        optimizer = Optimizer(config, {"w": (Logical.MODEL, Logical.FFN)})
+        state, after = optimizer.init(params), params
+        for step in range(4):
+            gradients = {"w": jax.random.normal(jax.random.key(step), (4, 64))}
+            after, state, _ = optimizer.update(after, gradients, state, step)
+        kept = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
+        return after["w"] - 1, kept
+
+    moved, kept = trained("bfloat16")
+    expected, _ = trained("float32")
+    assert kept == {jnp.dtype("bfloat16")}
+    # Eight bits of a number are kept, four times rounded: one per cent of the way.
+    assert np.abs(moved - expected).max() < 0.01 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="moments must be one of .*; got 'float16'"):
+        t.AdamW(moments="float16")
 
 
 def test_bfloat16_parameters_keep_their_dtype_and_float32_moments():
