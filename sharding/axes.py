@@ -2,6 +2,9 @@
 
 import enum
 
+Axis = str | tuple[str, ...]
+"""A mesh axis, or several as one: in the order of the mesh, in which collectives number devices."""
+
 
 class Logical(enum.Enum):
     """What a dimension of a parameter or an activation means."""

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding import tpu_rows
-
-Axis = str | tuple[str, ...]
+from sharding.axes import Axis
 
 
 class Routes(NamedTuple):

@@ -23,8 +23,8 @@ class Rules:
     """At rest: parameters, gradients, moments."""
     experts: Table
     """The same for the matrices of experts: they may be split otherwise, and what would split MODEL
-    splits their rows, if it divides them, whichever dim these are: parts of rows are gathered as they
-    lie, parts of columns have to be put together."""
+    splits their rows, if it divides them, whichever dim these are: parts of rows are gathered as
+    they lie, parts of columns have to be put together."""
     activations: Table
     """Batch, time, and what the layers compute."""
 
@@ -45,7 +45,8 @@ class Rules:
         for logical, size in zip(axes, shape, strict=True):
             if logical is not Logical.MODEL and logical in table:
                 table[logical] = self._dividing(logical, table[logical], size, mesh)
-        if self._table(axes) is self.experts and axes.index(Logical.FFN) < axes.index(Logical.MODEL):
+        of_experts = self._table(axes) is self.experts
+        if of_experts and axes.index(Logical.FFN) < axes.index(Logical.MODEL):
             rows = table.get(Logical.FFN, ()) + table.get(Logical.MODEL, ())
             count = math.prod(mesh.sizes[axis] for axis in rows)
             if shape[axes.index(Logical.FFN)] % count == 0:
@@ -148,6 +149,16 @@ _ALL = (
         parameters={_L.MODEL: ("fsdp", "sequence"), **_SPREAD},
         experts={_L.MODEL: ("fsdp", "sequence"), **_EXPERT},
         activations={_L.TIME: ("sequence",), **_ACTIVATIONS, **_TENSOR},
+    ),
+    Rules(
+        "long_rows",
+        "long_context for few rows: expert splits their time too, not their number",
+        parameters={_L.MODEL: ("fsdp", "sequence"), **_SPREAD},
+        experts={_L.MODEL: ("fsdp", "sequence"), **_EXPERT},
+        activations={
+            **_ACTIVATIONS, **_TENSOR,
+            _L.BATCH: ("data", "fsdp"), _L.TIME: ("expert", "sequence"),
+        },
     ),
     Rules(
         "serve",

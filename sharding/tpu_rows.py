@@ -1,8 +1,8 @@
 """Rows as a TPU's links take them: kernels that lay them out, and back.
 
-Two numbers of 16 bits travel as one word of 32, for rows of 16 bits lie in pairs in a TPU's memory and
-XLA would cut each in two to move them one by one. A row is whole tiles of words, which move as they
-lie. XLA makes two to four passes through memory of what each of these does in one.
+Two numbers of 16 bits travel as one word of 32, for rows of 16 bits lie in pairs in a TPU's memory
+and XLA would cut each in two to move them one by one. A row is whole tiles of words, which move as
+they lie. XLA makes two to four passes through memory of what each of these does in one.
 """
 
 from typing import Any

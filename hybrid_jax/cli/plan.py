@@ -28,7 +28,7 @@ class Args:
     """Sizes of data, fsdp, expert, sequence and tensor, e.g. 'fsdp=64,expert=8', in devices;
     default: one for the target, model and step."""
     rules: str | None = None
-    """What the axes split: fsdp, fsdp_tensor, expert, long_context or serve."""
+    """What the axes split: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
     batch: int | None = None
     """Rows of the whole batch; default: one a device to train on."""
     seq: int | None = None

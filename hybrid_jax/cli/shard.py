@@ -22,7 +22,8 @@ class Args:
     """Size of each axis, e.g. 'data=2,fsdp=64,expert=4': data, fsdp, expert, sequence, tensor, and
     slices for the number of slices that data crosses. Axes that are not named have size 1."""
     rules: str = "expert"
-    """Which mesh axes split which dims: fsdp, fsdp_tensor, expert, long_context or serve."""
+    """Which mesh axes split which dims: fsdp, fsdp_tensor, expert, long_context, long_rows or
+    serve."""
     json: pathlib.Path | None = None
     """Also write the table to this file."""
 

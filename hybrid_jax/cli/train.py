@@ -30,7 +30,7 @@ class Source:
     """Devices by axis, e.g. data=2,fsdp=4: data, fsdp, expert, sequence, tensor, and slices. Left
     out, all devices are on fsdp."""
     rules: str | None = None
-    """What is split over the axes: fsdp, fsdp_tensor, expert, long_context or serve."""
+    """What is split over the axes: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
     resume: bool = False
     """Continue the run in OUT from its newest checkpoint; only --steps, --mesh and --rules may
     differ from before."""

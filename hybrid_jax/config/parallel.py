@@ -7,7 +7,7 @@ from hybrid_jax.config.text import near_names
 
 # This package reads no JAX, so it repeats what `sharding` knows; a test holds the two together.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor", "slices")
-RULES = ("fsdp", "fsdp_tensor", "expert", "long_context", "serve")
+RULES = ("fsdp", "fsdp_tensor", "expert", "long_context", "long_rows", "serve")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Parallel:
     mesh: str
     """Size of each axis, e.g. 'data=2,fsdp=4'; one may be -1, what is left of the devices."""
     rules: str = "fsdp"
-    """Which axes split what: fsdp, fsdp_tensor, expert, long_context or serve."""
+    """Which axes split what: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
     capacity_per_expert: float | None = None
     """Most rows of an expert, as a multiple of an even share of all tokens; the rest is dropped.
     None drops none."""

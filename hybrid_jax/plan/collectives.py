@@ -80,13 +80,12 @@ def _group(instruction: hlo.Instruction, devices: int) -> tuple[int, ...]:
         return max(groups, key=len)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         return _iota(int(iota[2]), _numbers(iota[3]), _numbers(iota[4]) if iota[4] else None)
-    if mesh := re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?\s*\{(.*?)\}", text
-    ):
+    order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+    if mesh := re.search(rf"replica_groups=mesh\[(.*?)\]{order}\s*\{{(.*?)\}}", text):
         group = _mesh(mesh[1], mesh[4])
         if mesh[2]:
-            order = _iota(devices, _numbers(mesh[2]), _numbers(mesh[3]))
-            group = tuple(order[number] for number in group)
+            numbers = _iota(devices, _numbers(mesh[2]), _numbers(mesh[3]))
+            group = tuple(numbers[at] for at in group)
         return group
     if unknown := re.search(r"replica_groups=(?!\{\}).{0,80}", text):
         raise ValueError(f"The groups of a collective are written in an unknown way: {unknown[0]}")
@@ -98,7 +97,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(group_size: int, shape: Sequence[int], order: Sequence[int] | None) -> tuple[int, ...]:
-    """First group of the devices 0, 1, ... in `shape`, transposed, and cut into groups of a size."""
+    """First group of the devices 0, 1, ... in `shape`, transposed, cut into groups of a size."""
     order = order or range(len(shape))
     strides = _strides(shape)
     sizes = [shape[dim] for dim in order]

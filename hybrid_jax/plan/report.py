@@ -13,8 +13,8 @@ DEFINITIONS = {
     "tokens / (time x chips x bf16 peak); recomputation is not counted; a third of it for prefill "
     "and decode, which have no backward pass",
     "fits": f"peak bytes <= {FITS} of the device's memory",
-    "peak": "arguments + temporaries + outputs that are not written over arguments + code; on a TPU "
-    "temporaries are what its compiler adds to the others at the fullest moment",
+    "peak": "arguments + temporaries + outputs that are not written over arguments + code; a TPU's "
+    "temporaries are what its compiler adds at the fullest moment",
     "exposed": "time of collectives that the program schedules no work beside",
     "hbm_bytes": "operands and results of every operation outside kernels, each counted whole",
 }

@@ -106,6 +106,7 @@ _OF_RULES = {
     "fsdp_tensor": "data=2,fsdp=2,tensor=2",
     "expert": "fsdp=2,expert=2,tensor=2",
     "long_context": "fsdp=2,expert=2,sequence=2",
+    "long_rows": "fsdp=2,expert=2,sequence=2",
     "serve": "expert=4,tensor=2",
 }
 _COMBINED = [
@@ -221,8 +222,8 @@ def test_whole_parameters_are_gathered_and_gradients_of_the_largest_scattered():
     assert set(_gathered(*_DAILY[0])) == {"parameter", "numbers"}
     exchanged = _update(*_DAILY[0]).exchanged
     scattered = Counter(one.result for one in exchanged if one.kind == "reduce-scatter")
-    # An eighth of their rows: experts of two layers, the embedding and the head. CPUs sum the gradients of
-    # the others whole.
+    # An eighth of their rows: experts of two layers, the embedding and the head. CPUs sum the
+    # gradients of the others whole.
     assert scattered == {
         "f32[8,4,32]": 2,
         "f32[8,2,32]": 2,

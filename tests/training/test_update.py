@@ -104,7 +104,7 @@ def test_moments_of_half_the_bytes_give_nearly_the_same_updates():
     assert kept == {jnp.dtype("bfloat16")}
     # Eight bits of a number are kept, four times rounded: one per cent of the way.
     assert np.abs(moved - expected).max() < 0.01 * np.abs(expected).max()
-    with pytest.raises(ValueError, match="moments must be one of .*; got 'float16'"):
+    with pytest.raises(ValueError, match=r"moments must be one of .*; got 'float16'"):
         t.AdamW(moments="float16")
 
 

@@ -21,6 +21,7 @@ import pallas_kernels
 from hybrid_jax.model import remat
 from hybrid_jax.model.parallel import borders
 from pallas_kernels import lightning_state, lightning_state_gradient, varying
+from sharding import Axis
 
 
 def lightning_attention(
@@ -29,7 +30,7 @@ def lightning_attention(
     v_BTHV: jax.Array,
     log_decay_H: jax.Array,
     *,
-    axis: str,
+    axis: Axis,
     initial_state_BHKV: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +41,7 @@ def lightning_attention(
 
     Args:
       q_BTHK, k_BTHK, v_BTHV, log_decay_H: this shard's tokens (and heads).
-      axis: the mesh axis.
+      axis: the mesh axis, or axes in the order of the mesh.
       initial_state_BHKV: the state before the whole row, the same on all shards.
       segment_ids_BT: of the whole row, `[B, T of all shards]`, the same on all shards, so that
         they need not ask each other.
@@ -54,7 +55,7 @@ def lightning_attention(
     """
     num_shards = jax.lax.axis_size(axis)
     batch, length, heads, key_dim = q_BTHK.shape
-    if axis not in _axes(jax.lax.axis_index(axis)):
+    if not _axes(jax.lax.axis_index(axis)):
         raise ValueError(
             "lightning attention split over time must know which arrays differ by shard, or "
             "gradients of the others would count double: use jax.shard_map with check_vma=True"
@@ -73,7 +74,7 @@ def lightning_attention(
     arrays = varying.alike(q_BTHK, k_BTHK, v_BTHV, log_decay_H)
     initial_state_BHKV = jax.lax.pcast(
         initial_state_BHKV.astype(compute),
-        tuple(_axes(arrays[0]) - _axes(initial_state_BHKV) - {axis}),
+        tuple(_axes(arrays[0]) - _axes(initial_state_BHKV) - _named(axis)),
         to="varying",
     )
     whole = jax.lax.stop_gradient(log_decay_H), initial_state_BHKV, segment_ids_BT
@@ -85,13 +86,17 @@ def _axes(x) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def _check_whole(name: str, x: jax.Array, shape: tuple[int, ...], axis: str) -> None:
+def _named(axis: Axis) -> frozenset[str]:
+    return frozenset({axis} if isinstance(axis, str) else axis)
+
+
+def _check_whole(name: str, x: jax.Array, shape: tuple[int, ...], axis: Axis) -> None:
     if x.shape != shape:
         raise ValueError(
             f"{name} must have shape {list(shape)}, that of whole rows (not split over {axis!r}), "
             f"got {list(x.shape)}"
         )
-    if axis in _axes(x):
+    if _named(axis) & _axes(x):
         raise ValueError(
             f"{name} must be the same on all shards of {axis!r}, got one that varies; hand it to "
             f"jax.shard_map with in_specs that do not name {axis!r}"

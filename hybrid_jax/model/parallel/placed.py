@@ -46,10 +46,10 @@ def _run(placement: Placement, local, in_specs, out_specs, *arrays):
     )
 
 
-def _sequence(placement: Placement) -> str | None:
-    """The mesh axis that splits time; None if none does."""
-    axes = placement.axes_of(Logical.TIME)
-    return axes[0] if axes and placement.shape.sizes[axes[0]] > 1 else None
+def _sequence(placement: Placement) -> tuple[str, ...] | None:
+    """The mesh axes that split time; None if none does."""
+    sizes = placement.shape.sizes
+    return tuple(axis for axis in placement.axes_of(Logical.TIME) if sizes[axis] > 1) or None
 
 
 def lightning_attention(

@@ -26,12 +26,13 @@ from hybrid_jax.model.parallel import balance
 from pallas_kernels import softmax_attention_block, softmax_attention_block_gradients
 from pallas_kernels.softmax_attention.api import SOFTMAX_RESULTS
 from pallas_kernels.varying import alike
+from sharding import Axis
 
 
 class Ring(NamedTuple):
     """What is static of a call."""
 
-    axis: str
+    axis: Axis
     implementation: str | None
 
 

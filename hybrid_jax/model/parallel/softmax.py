@@ -8,6 +8,7 @@ from jax import lax
 
 from hybrid_jax.model.parallel.ring import Ring, ring_attention
 from pallas_kernels import softmax_attention
+from sharding import Axis
 
 
 def split_softmax_attention(
@@ -16,7 +17,7 @@ def split_softmax_attention(
     v_BTGV: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    axis: str = "sequence",
+    axis: Axis = "sequence",
     method: str = "ring",
     implementation: str | None = None,
 ) -> jax.Array:
@@ -36,7 +37,7 @@ def split_softmax_attention(
     Args:
       q_BTHK, k_BTGK, v_BTGV: as in `softmax_attention`.
       segment_ids: int32 [B, n * T], the whole rows on every device of the axis; 0 for padding.
-      axis: the mesh axis of size n that splits time.
+      axis: the mesh axis, or axes in the order of the mesh, of n devices, that split time.
       method: "ring", "all_gather" or "heads".
       implementation: of the kernel, as in `softmax_attention`; "ring" takes "splash" and "xla".
 

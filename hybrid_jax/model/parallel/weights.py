@@ -46,7 +46,7 @@ def of(placement: Placement, shape: tuple[int, ...], *axes: Logical) -> Stored:
     """For a weight of this shape, whose dims mean `axes`. Words are used where they rest."""
     at_rest = placement.parameter("a weight", axes, shape).spec
     entries = [*map(_names, at_rest), *[()] * (len(axes) - len(at_rest))]
-    dim, parts = 0, ()
+    dim, parts = 0, tuple[str, ...]()
     for at, (logical, entry) in enumerate(zip(axes, entries)):
         extra = [axis for axis in entry if axis not in placement.axes_of(logical)]
         if extra and logical is not Logical.VOCAB:

@@ -43,7 +43,7 @@ class Words(NamedTuple):
         return lax.pmax(x, self.axes) if self.axes else x
 
     def here(self, ids: jax.Array, count: int) -> jax.Array:
-        """Where ids lie among the `count` words of this device; outside 0 to count - 1, elsewhere."""
+        """Where ids lie among this device's `count` words; not in 0 .. count - 1, elsewhere."""
         return ids - (lax.axis_index(self.axes) * count if self.axes else 0)
 
 
