@@ -72,7 +72,7 @@ def exchange_rows(
       routes: alike on all devices of the axis. A slice that would end after `num_rows` at its
         receiver is the caller's fault, and what happens then is not defined.
       num_rows: rows of the result. Those that nothing arrives at are zero.
-      axis: mesh axis, or axes with the major one first, over which devices are numbered.
+      axis: mesh axis, or axes in the order of the mesh, over which devices are numbered.
       platform: of the mesh's devices ("tpu", "gpu", "cpu"), if the caller knows it. Left to the
         compiler, the choice can stay a branch of the program, behind which nothing overlaps.
 

@@ -72,11 +72,13 @@ def _check_rows(config: TrainConfig, placement: Placement) -> None:
     split = _split(placement, Logical.BATCH)
     rows = config.batch_size // config.accumulate
     if rows % math.prod(split.values()):
+        # Experts' devices split rows in all rules but these.
+        few = ", or the rules long_rows" if placement.rules.name == "long_context" else ""
         raise ValueError(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} rounds gives "
             f"{rows} rows, which do not divide by {_product(split)} of the mesh "
             f"{placement.shape}. Choose a batch size that is a multiple of "
-            f"{config.accumulate * math.prod(split.values())}, or another --mesh."
+            f"{config.accumulate * math.prod(split.values())}, or another --mesh{few}."
         )
 
 

@@ -29,6 +29,36 @@ def test_text_01_trains_on_512_v5p():
     assert report["time_sources"].get("model", 0.0) < 0.05
 
 
+MILLION = 1 << 20
+TRAINED = {
+    "text-01 on v6e": dict(
+        preset="minimax-text-01", target="v6e:16x16", mesh="fsdp=16,expert=8,sequence=2", batch=128,
+        remat="full",
+    ),
+    "text-01 on v6e, half moments": dict(
+        preset="minimax-text-01", target="v6e:16x16", mesh="fsdp=16,expert=16", rules="expert",
+        remat="full", moments="bfloat16", token_groups=2,
+    ),
+    "a million tokens on v5p": dict(
+        preset="minimax-text-01", target="v5p:8x8x8", seq=MILLION, remat="save_mixer"
+    ),
+    "a million tokens on v6e": dict(
+        preset="minimax-text-01", target="v6e:16x16", seq=MILLION, mesh="expert=8,sequence=32",
+        rules="long_rows", batch=1, remat="full",
+    ),
+    "m2 on v5p": dict(preset="minimax-m2", target="v5p:4x8x8", remat="save_collectives"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_pod_trains(name):
+    options = TRAINED[name] | {"capacity": 1.25}
+    aot.with_compiler(options["target"].partition(":")[0])
+    report = run.plan(run.request_for(**options))
+    assert report["fits"] and report["host_peak_bytes"] < 8 * GB
+    assert exposed(report, "all-to-all") < 0.5
+
+
 @pytest.mark.parametrize(
     ("step", "options"),
     [
