@@ -22,8 +22,8 @@ class Args:
     target: str
     """Chip and topology: v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h200:8, b200:8. TPU topologies count
     chips."""
-    step: typing.Literal["train", "prefill", "decode"] = "train"
-    """Which step."""
+    step: typing.Literal["train", "prefill", "decode", "rl"] = "train"
+    """Which step; rl is one update of a policy on sampled answers (CISPO), which decode samples."""
     mesh: str | None = None
     """Sizes of data, fsdp, expert, sequence and tensor, e.g. 'fsdp=64,expert=8', in devices;
     default: one for the target, model and step."""

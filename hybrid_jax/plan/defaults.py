@@ -23,7 +23,7 @@ def default_layout(config: ModelConfig, devices: int, step: str, seq: int) -> La
 
     One row of a training batch a device. Serving splits heads and experts' widths over all.
     """
-    if step != "train":
+    if step not in ("train", "rl"):
         return _serving(config, devices, step)
     experts = _experts(config)
     expert = _largest_divisor(min(8, devices), experts, devices) if experts else 1

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-Step = typing.Literal["train", "prefill", "decode"]
+Step = typing.Literal["train", "prefill", "decode", "rl"]
 STEPS: tuple[str, ...] = typing.get_args(Step)
 
 
@@ -16,7 +16,7 @@ class Request:
     target: str
     """Chip and topology: v5p:8x8x8, v6e:16x16, h200:8. A TPU topology counts chips."""
     step: str
-    """train, prefill or decode."""
+    """train, prefill, decode, or rl: one update of a policy on sampled answers."""
     mesh: str
     """Sizes of the axes, counted in devices."""
     rules: str
@@ -26,11 +26,11 @@ class Request:
     seq: int
     """train: tokens a row; prefill and decode: the length of the context."""
     remat: str | None = None
-    """train: what the backward pass computes again; None is the preset's."""
+    """train, rl: what the backward pass computes again; None is the preset's."""
     moments: str = "float32"
-    """train: how AdamW keeps its moments."""
+    """train, rl: how AdamW keeps its moments."""
     accumulate: int = 1
-    """train: rounds that a batch is split into."""
+    """train, rl: rounds that a batch is split into."""
     capacity: float | None = None
     """Rows that the experts of a device take, as a multiple of an even share; None drops none."""
     token_groups: int = 1

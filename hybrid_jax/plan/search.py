@@ -15,7 +15,7 @@ from sharding import rules as all_rules
 def candidates(request: Request) -> Iterator[Request]:
     """The request itself, then one change at a time: remat, batch, then mesh."""
     yield request
-    if request.step == "train":
+    if request.step in ("train", "rl"):
         own = request.remat or presets.get(request.preset).remat
         for policy in REMAT_POLICIES:
             if policy not in ("none", own):

@@ -1,7 +1,9 @@
 """The real steps with abstract arguments, placed on devices that need not be there."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from hybrid_jax.inference import shapes, steps
 from hybrid_jax.model import flops
 from hybrid_jax.model.parallel import placement as placements
 from hybrid_jax.plan.request import Request
+from hybrid_jax.rl import Cispo, PolicyBatch
 from hybrid_jax.training import optimizer, parameters, placing, state, step
 from sharding import Logical
 
@@ -49,7 +52,9 @@ def build(request: Request, devices) -> tuple[Built, placements.Placement]:
     return _STEPS[request.step](request, config, placement), placement
 
 
-def _train(request: Request, config: model_config.ModelConfig, placement) -> Built:
+def _train(
+    request: Request, config: model_config.ModelConfig, placement, kind=Batch, objective=None
+) -> Built:
     run = train_config.TrainConfig(
         model=config,
         data=train_config.Text(path="-", sequence_length=request.seq),
@@ -65,15 +70,18 @@ def _train(request: Request, config: model_config.ModelConfig, placement) -> Bui
         state.abstract_state(skeleton, updates), state.shardings(skeleton, updates, placement)
     )
     rows = placement.sharding(Logical.BATCH, Logical.TIME)
-    kinds: dict[str, Any] = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BT": jnp.float32}
+    numbers = "weights_BT", "advantages_BT", "old_logprobs_BT"
     shape = (request.batch, request.seq)
     fields: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()
+        name: jax.ShapeDtypeStruct(
+            shape, jnp.float32 if name in numbers else jnp.int32, sharding=rows
+        )
+        for name in kind._fields
     }
-    batch = Batch(**fields)
+    batch = kind(**fields)
     tokens = request.batch * request.seq
     return Built(
-        step.make_train_step(run, skeleton, updates, placement),
+        step.make_train_step(run, skeleton, updates, placement, objective),
         (live, batch),
         tokens,
         _fill(config, placement),
@@ -126,4 +134,9 @@ def _placed(abstract, shardings):
     )
 
 
-_STEPS = {"train": _train, "prefill": _prefill, "decode": _decode}
+_STEPS: dict[str, Callable[..., Built]] = {
+    "train": _train,
+    "prefill": _prefill,
+    "decode": _decode,
+    "rl": functools.partial(_train, kind=PolicyBatch, objective=Cispo()),
+}

@@ -1,6 +1,7 @@
 """Cross-entropy over a large vocabulary without ever storing all logits."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,12 @@ class TokenLoss(NamedTuple):
     total: jax.Array
     """Weighted nll plus z-loss; the only one with a gradient."""
     nll: jax.Array
-    """Weighted negative log-likelihood in nats."""
+    """Weighted negative log-likelihood in nats, by the weights that were given."""
+
+
+# (log-probability of each target, weights, *more of each token) -> weights. Hashable: it is part of
+# the program.
+Reweigh = Callable[..., jax.Array]
 
 
 def cross_entropy(
@@ -27,7 +33,8 @@ def cross_entropy(
     kernel_DW,
     targets_BT,
     weights_BT,
-    *,
+    *more_BT,
+    reweigh: Reweigh | None = None,
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
     placement: Placement | None = None,
@@ -36,6 +43,8 @@ def cross_entropy(
 
     x_BTD [B, T, D] is the output of the final norm, kernel_DW [D, W] the output head, targets int32
     [B, T], weights float32 [B, T]; a token of weight 0 counts for nothing, whatever its target.
+    With `reweigh`, the nll of a token counts by what that makes of its log-probability, its weight
+    and its numbers in `more_BT`; no gradient goes through that.
 
     At most about `chunk_tokens` rows of logits exist at one time, and none is computed twice: the
     forward pass leaves the gradients of x and of the head behind (they are linear in the cotangent
@@ -46,73 +55,73 @@ def cross_entropy(
     tokens too bring each chunk's tokens together, and then have a chunk for each of them, of so
     many times fewer words. The sums are over all devices.
     """
-    arrays = x_BTD, kernel_DW, targets_BT, weights_BT
+    arrays = x_BTD, kernel_DW, targets_BT, weights_BT, *more_BT
     if placement is None:
-        return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, words.WHOLE, *arrays))
+        return TokenLoss(*_cross_entropy(chunk_tokens, z_loss, reweigh, words.WHOLE, *arrays))
     kernel = weights.of(placement, kernel_DW.shape, Logical.MODEL, Logical.VOCAB)
     shared, split = placement.token_axes, words.of(kernel, 1)
     tokens = placement.spec(*ROWS)
 
-    def local(x_BTD, kernel_DW, targets_BT, weights_BT):
+    def local(x_BTD, kernel_DW, *tokens_BT):
         kernel_DW = kernel.whole(kernel_DW)
-        sums = _cross_entropy(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT)
+        sums = _cross_entropy(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT)
         return jax.lax.psum(sums, shared) if shared else sums
 
     sums = jax.shard_map(
         local,
         mesh=placement.mesh,
-        in_specs=(placement.spec(*ROWS, None), kernel.spec, tokens, tokens),
+        in_specs=(placement.spec(*ROWS, None), kernel.spec, *[tokens] * (2 + len(more_BT))),
         out_specs=PartitionSpec(),
     )(*arrays)
     return TokenLoss(*sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _cross_entropy(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT):
     """`split`, a `words.Words`, says how the vocabulary lies on devices, in shard_map."""
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(sums, chunk):
-        total, nll, _, _ = _chunk_loss(z_loss, split, kernel_f32, *chunk)
+        total, nll, _, _ = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
         return (sums[0] + total, sums[1] + nll), None
 
-    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    chunks = _split(chunk_tokens, x_BTD, *tokens_BT)
     zero, _ = varying.alike(jnp.float32(0), x_BTD)
     sums, _ = _scan(one_chunk, (zero, zero), chunks)
     return sums
 
 
-def _cross_entropy_fwd(chunk_tokens, z_loss, split, x_BTD, kernel_DW, targets_BT, weights_BT):
+def _cross_entropy_fwd(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT):
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(carry, chunk):
         total_sum, nll_sum, dkernel_DW = carry
         x_BCD = chunk[0]
-        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, split, kernel_f32, *chunk)
+        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
         dx_BCD = split.add_and_return(jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32))
         dkernel_DW = dkernel_DW + jnp.einsum("bcd,bcw->dw", x_f32, dlogits_BCW)
         return (total_sum + total, nll_sum + nll, dkernel_DW), dx_BCD.astype(x_BCD.dtype)
 
-    chunks = _split(chunk_tokens, x_BTD, targets_BT, weights_BT)
+    chunks = _split(chunk_tokens, x_BTD, *tokens_BT)
     zero, _ = varying.alike(jnp.float32(0), x_BTD)
     start = (zero, zero, jnp.zeros_like(kernel_f32))
     (total, nll, dkernel_DW), dx_NBCD = _scan(one_chunk, start, chunks)
     dx_BTD = _join(dx_NBCD, x_BTD.shape[1])
-    return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype))
+    return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype), (None,) * len(tokens_BT))
 
 
-def _cross_entropy_bwd(chunk_tokens, z_loss, split, residuals, cotangents):
-    dx_BTD, dkernel_DW = residuals
+def _cross_entropy_bwd(chunk_tokens, z_loss, reweigh, split, residuals, cotangents):
+    dx_BTD, dkernel_DW, of_tokens = residuals
     dtotal, _ = cotangents
     dx_BTD = dx_BTD * dtotal.astype(dx_BTD.dtype)
     dkernel_DW = dkernel_DW * dtotal.astype(dkernel_DW.dtype)
-    return dx_BTD, dkernel_DW, None, None
+    return dx_BTD, dkernel_DW, *of_tokens
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _chunk_loss(z_loss, split, kernel_DW, x_BCD, targets_BC, weights_BC):
+def _chunk_loss(z_loss, reweigh, split, kernel_DW, x_BCD, targets_BC, weights_BC, *more_BC):
     """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32).
 
     The sums are of the tokens given; the other two of all that meet this device's words.
@@ -130,18 +139,21 @@ def _chunk_loss(z_loss, split, kernel_DW, x_BCD, targets_BC, weights_BC):
     is_here_BC1 = (here_BC1 >= 0) & (here_BC1 < W)
     picked_BC1 = jnp.take_along_axis(logits_BCW, jnp.clip(here_BC1, 0, W - 1), axis=-1)
     picked_BC = split.sum(jnp.where(is_here_BC1, picked_BC1, 0.0))[..., 0]
-    nll_BC, square_BC = weights_BC * (normaliser_BC - picked_BC), weights_BC * normaliser_BC**2
-    nll = jnp.sum(split.own(nll_BC))
-    total = nll + z_loss * jnp.sum(split.own(square_BC))
-    scale_BC = weights_BC * (1 + 2 * z_loss * normaliser_BC)
+    nll_BC = normaliser_BC - picked_BC
+    by_BC = (
+        weights_BC if reweigh is None else reweigh(-nll_BC, weights_BC, *map(split.bring, more_BC))
+    )
+    total_BC = by_BC * nll_BC + z_loss * weights_BC * normaliser_BC**2
+    total, nll = (jnp.sum(split.own(each_BC)) for each_BC in (total_BC, weights_BC * nll_BC))
+    scale_BC = by_BC + 2 * z_loss * weights_BC * normaliser_BC
     is_target_BCW = here_BC1 == jax.lax.broadcasted_iota(jnp.int32, logits_BCW.shape, 2)
     dlogits_BCW = exp_BCW * (scale_BC[..., None] / sum_BC1) - jnp.where(
-        is_target_BCW, weights_BC[..., None], 0.0
+        is_target_BCW, by_BC[..., None], 0.0
     )
     return total, nll, dlogits_BCW, x_BCD
 
 
-def _split(chunk_tokens, x_BTD, targets_BT, weights_BT):
+def _split(chunk_tokens, x_BTD, *tokens_BT):
     """Each array as [N, B, C, ...]: chunks of time, so that a sharded batch stays as it lies."""
     B, T, _ = x_BTD.shape
     C = min(T, max(1, chunk_tokens // B))
@@ -151,7 +163,7 @@ def _split(chunk_tokens, x_BTD, targets_BT, weights_BT):
         array = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(array.reshape(B, -1, C, *array.shape[2:]), 1, 0)
 
-    return tuple(split(array) for array in (x_BTD, targets_BT, weights_BT))
+    return tuple(split(array) for array in (x_BTD, *tokens_BT))
 
 
 def _join(array_NBCD, T):

@@ -1,6 +1,7 @@
 """One update: gradients of the loss over a batch, accumulated over rounds, then the optimiser."""
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +19,36 @@ from hybrid_jax.training.state import TrainState, shardings
 Metrics = dict[str, jax.Array]
 
 
+class Objective(Protocol):
+    """What weighs targets by how likely they are, as policy gradients do; hashable."""
+
+    def given(self, batch) -> tuple[Any, ...]:
+        """What it needs of each token of the batch beside its weight, [B, T] each."""
+
+    def __call__(self, logprob_BT, weights_BT, *given_BT) -> jax.Array:
+        """The weight of each token's negative log-likelihood, without a gradient of its own."""
+
+
 def make_train_step(
     config: config_lib.TrainConfig,
     skeleton: Skeleton,
     optimizer: Optimizer,
     placement: Placement | None = None,
+    objective: Objective | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
 
     With `config.accumulate` = n the rows go through the model in n rounds. Every token weighs the
     same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
     the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
-    With a `placement` the state lives where `state.shardings` says, and so do the gradients.
+    With a `placement` the state lives where `state.shardings` says, and so do the gradients. An
+    `objective` weighs the targets otherwise than by the batch's weights alone; it says how.
     """
     live = None if placement is None else shardings(skeleton, optimizer, placement)
 
     def train_step(state: TrainState, batch: Batch):
         def loss(params, part, share):
-            return _loss(config, skeleton, placement, params, part, share)
+            return _loss(config, skeleton, placement, objective, params, part, share)
 
         gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
         if live is not None:
@@ -62,13 +75,15 @@ def make_evaluation_step(
     """A compiled (params, batch) -> (sum of nats, sum of weights) over the batch's targets."""
 
     def evaluation_step(params: Named, batch: Batch):
-        sums, _ = _cross_entropy(config, skeleton, placement, params, batch, z_loss=0.0)
+        sums, _ = _cross_entropy(config, skeleton, placement, None, params, batch, z_loss=0.0)
         return sums.nll, jnp.sum(batch.weights_BT)
 
     return jax.jit(evaluation_step)
 
 
-def _cross_entropy(config, skeleton, placement, params: Named, batch: Batch, z_loss: float):
+def _cross_entropy(
+    config, skeleton, placement, objective: Objective | None, params: Named, batch, z_loss: float
+):
     """Sums of the loss over the targets of (part of) a batch, and the routers' statistics."""
     model = skeleton.model(params)
     hidden = model.hidden(
@@ -79,6 +94,8 @@ def _cross_entropy(config, skeleton, placement, params: Named, batch: Batch, z_l
         model.head_kernel(),
         batch.targets_BT,
         batch.weights_BT,
+        *(() if objective is None else objective.given(batch)),
+        reweigh=objective,
         z_loss=z_loss,
         chunk_tokens=config.loss.chunk_tokens,
         placement=placement,
@@ -87,13 +104,14 @@ def _cross_entropy(config, skeleton, placement, params: Named, batch: Batch, z_l
 
 
 def _loss(
-    config, skeleton, placement, params: Named, batch: Batch, share
+    config, skeleton, placement, objective, params: Named, batch: Batch, share
 ) -> tuple[jax.Array, Metrics]:
     """What is minimised over (part of) a batch, and sums for the metrics.
 
     `share` is the number of tokens in the whole batch: what the sums are divided by.
     """
-    sums, routing = _cross_entropy(config, skeleton, placement, params, batch, config.loss.z_loss)
+    z_loss = config.loss.z_loss
+    sums, routing = _cross_entropy(config, skeleton, placement, objective, params, batch, z_loss)
     metrics = {"loss": sums.nll / share, "tokens": jnp.sum(batch.weights_BT)}
     total = sums.total / share
     if routing is not None:

@@ -46,6 +46,10 @@ TRAINED = {
         preset="minimax-text-01", target="v6e:16x16", seq=MILLION, mesh="expert=8,sequence=32",
         rules="long_rows", batch=1, remat="full",
     ),
+    "a policy on v5p": dict(
+        preset="minimax-text-01", target="v5p:8x8x8", step="rl", mesh="fsdp=64,expert=8",
+        rules="expert", remat="save_collectives",
+    ),
     "m2 on v5p": dict(preset="minimax-m2", target="v5p:4x8x8", remat="save_collectives"),
 }  # fmt: skip
 
