@@ -86,7 +86,7 @@ def test_gradients_of_stored_parts_are_reduce_scattered():
     # Where all axes of a v5p's torus are split as one, its compiler sums everything whole.
     text = _text("v6e:2x4", "fsdp=8", "fsdp", slice(1))
     scattered = set(re.findall(r"= (bf16\[[\d,]*\])\S* reduce-scatter\(", text))
-    experts = {f"bf16[{E},{F},{D // 8}]", f"bf16[{E},{D // 8},{2 * F}]"}
+    experts = {f"bf16[{E},{F // 8},{D}]", f"bf16[{E},{D // 8},{2 * F}]"}
     mixers = {f"bf16[{D // 8},{H},{K}]", f"bf16[{H},{K},{D // 8}]"}
     assert experts | mixers | {f"bf16[{D // 8},768]"} <= scattered
     # All experts are on each device: no row travels.
