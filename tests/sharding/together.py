@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -47,6 +48,10 @@ def wait(started, seconds: float) -> list[int]:
 
 
 def lines(logs: pathlib.Path, process: int) -> list[str]:
-    """What a process printed, without what the transport says of itself."""
+    """What a process printed, without what the transport says of itself.
+
+    Its threads write at once, and then a line may begin within another's.
+    """
     text = (logs / str(process)).read_text(errors="replace")
-    return [line for line in text.splitlines() if line and not line.startswith("[Gloo]")]
+    of_transport = re.compile(r"^\[Gloo\]|is connected to \d+ peer ranks")
+    return [line for line in text.splitlines() if line and not of_transport.search(line)]
