@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,6 +71,34 @@ def describe(arrays: Mapping[str, jax.Array]) -> dict[str, Array]:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _describe(name, arrays[name]), names)
         return dict(zip(names, found, strict=True))
+
+
+def merge(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """What several processes described of the same arrays, as one."""
+    merged = {}
+    for name, array in parts[0].items():
+        shards = {shard.begin: shard for part in parts for shard in part[name].shards}
+        merged[name] = dataclasses.replace(
+            array, shards=tuple(shards[begin] for begin in sorted(shards))
+        )
+    return merged
+
+
+def to_json(arrays: Mapping[str, Array]) -> dict:
+    """Arrays as they stand in the file."""
+    return {name: dataclasses.asdict(array) for name, array in arrays.items()}
+
+
+def from_json(arrays: Mapping[str, Any]) -> dict[str, Array]:
+    """The inverse of `to_json`. Raises KeyError or TypeError for what it did not make."""
+
+    def shard(found) -> Shard:
+        return Shard(tuple(found["begin"]), tuple(found["shape"]), found["digest"])
+
+    return {
+        name: Array(tuple(found["shape"]), found["dtype"], tuple(map(shard, found["shards"])))
+        for name, found in arrays.items()
+    }
 
 
 def write(directory, arrays: Mapping[str, Array] | None = None) -> Manifest:
@@ -235,24 +264,14 @@ def _body(manifest: Manifest) -> dict:
             name: {"bytes": size, "xxh3_128": digest}
             for name, (size, digest) in manifest.files.items()
         },
-        "arrays": {name: dataclasses.asdict(array) for name, array in manifest.arrays.items()},
+        "arrays": to_json(manifest.arrays),
     }
 
 
 def _parse(body: dict) -> Manifest:
     return Manifest(
         {name: (each["bytes"], each["xxh3_128"]) for name, each in body["files"].items()},
-        {
-            name: Array(
-                tuple(array["shape"]),
-                array["dtype"],
-                tuple(
-                    Shard(tuple(shard["begin"]), tuple(shard["shape"]), shard["digest"])
-                    for shard in array["shards"]
-                ),
-            )
-            for name, array in body["arrays"].items()
-        },
+        from_json(body["arrays"]),
     )
 
 
