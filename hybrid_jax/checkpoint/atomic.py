@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and those above them that go again on an error."""
+"""Files and directories that appear whole or not at all, and what lay in their way is as before."""
 
 import contextlib
 import os
@@ -39,6 +39,26 @@ def new_directory(path, *, overwrite: bool = False):
             _remove(draft)
         unmake(made)
         raise
+
+
+def write_text(path, text: str) -> None:
+    """Write a small file so that it is the old one or the new one, also after a power cut."""
+    path = pathlib.Path(path)
+    draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def make(path: pathlib.Path) -> list[pathlib.Path]:

@@ -112,7 +112,9 @@ class Trainer:
     def run(self, stop: StopSignal) -> Outcome:
         """Continue from the newest checkpoint, or begin."""
         config = self._config
-        with CheckpointStore(self._run.checkpoints, config.checkpoints.keep) as checkpoints:
+        with CheckpointStore(
+            self._run.checkpoints, config.checkpoints.keep, self._progress.note
+        ) as checkpoints:
             state = self._starting_state(checkpoints)
             if processes.is_first():
                 # Only now: a resume that is refused changes nothing.
