@@ -121,11 +121,13 @@ def check(wanted: Mapping[str, Array], arrays: Mapping[str, jax.Array]) -> list[
         written, array = wanted.get(name), arrays.get(name)
         if written is None or array is None:
             problems.append(f"{name} is {'missing' if array is None else 'not in its manifest'}")
-        elif (tuple(array.shape), str(array.dtype)) != (written.shape, written.dtype):
-            is_, was = (f"{x.dtype}{list(x.shape)}" for x in (array, written))
-            problems.append(f"{name} is {is_}, not {was}")
+        elif form := _other_form(written, array):
+            problems.append(f"{name} {form}")
         else:
-            compared, differing = _compare(name, written, array)
+            here = dict(_places(array))
+            if array.is_fully_addressable:
+                here[(0,) * array.ndim, array.shape] = array
+            compared, differing = _compare(name, written, here)
             if differing:
                 problems.append(f"{name} has other contents in the part {differing}")
             if compared < sum(map(_size, _places(array))):
@@ -135,17 +137,33 @@ def check(wanted: Mapping[str, Array], arrays: Mapping[str, jax.Array]) -> list[
     return uncompared
 
 
+def check_whole(name: str, written: Array, array: np.ndarray) -> None:
+    """The same for one array in host memory."""
+    if form := _other_form(written, array):
+        raise Damaged(f"What was restored is not what was saved: {name} {form}.")
+    _, differing = _compare(name, written, {((0,) * array.ndim, array.shape): array})
+    if differing:
+        raise Damaged(
+            f"What was restored is not what was saved: {name} has other contents in the part "
+            f"{differing}."
+        )
+
+
 def listed(problems: Sequence[str]) -> str:
     """The first five."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
 
 
-def _compare(name: str, written: Array, array: jax.Array) -> tuple[int, str | None]:
+def _other_form(written: Array, array) -> str | None:
+    if (tuple(array.shape), str(array.dtype)) == (written.shape, written.dtype):
+        return None
+    is_, was = (f"{x.dtype}{list(x.shape)}" for x in (array, written))
+    return f"is {is_}, not {was}"
+
+
+def _compare(name: str, written: Array, here: Mapping) -> tuple[int, str | None]:
     """(numbers compared, the first part whose contents differ, as text)."""
-    here = _places(array)
-    if array.is_fully_addressable:
-        here[(0,) * array.ndim, array.shape] = array
     compared = 0
     for shard in written.shards:
         place = shard.begin, shard.shape

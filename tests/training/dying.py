@@ -38,11 +38,14 @@ def state(seed: int, megabytes: float = 1.0) -> TrainState:
     return jax.tree.map(jnp.asarray, TrainState(np.int32(seed), params, optimizer))
 
 
-def kill_at(point: str, count: int = 1, seconds: float = 0.0, drafts=None) -> None:
+def kill_at(point: str | None, count: int = 1, seconds: float = 0.0, drafts=None) -> None:
     """Let this process die when `point` is reached the `count`th time, or some time after.
 
+    None is the start.
     Within "arrays", only when a file lies in one of `drafts`.
     """
+    if point is None:
+        threading.Timer(seconds, _die).start()
     left = count
 
     def hook(reached: str) -> None:
@@ -112,22 +115,26 @@ def saves(directory: pathlib.Path) -> list[int]:
 def runs(config: pathlib.Path, out: pathlib.Path, seed: int, kills: int) -> list:
     """`hybrid-jax train` of one run, killed and resumed: [how, exit code] for each start.
 
-    Of three kills two are aimed at a point of a save, one comes at any time after the begin of one.
+    Of six kills four are aimed at a point of a save, one comes at any time after the begin of one,
+    one at any time after the start.
     """
     chosen, ends = random.Random(seed), []
-    points = chosen.sample(faults.POINTS[1:], len(faults.POINTS) - 1)
+    points = chosen.sample(faults.POINTS, len(faults.POINTS))
     for number in range(kills + 1):
         how: tuple | None = None
-        if number < kills and number % 3 == 2:
+        if number % 6 == 5:
+            how = (None, 0, chosen.uniform(0.001, 3.0))
+        elif number % 6 == 2:
             how = ("begin", chosen.randint(1, 2), chosen.uniform(0.001, 0.2))
-        elif number < kills:
-            # The first save of a start may have nothing to remove.
+        else:
             how = (points[number % len(points)], 1, 0.0)
+        if number == kills:
+            how = None
         options = ["--resume"] if (out / "config.yaml").exists() else ["--config", str(config)]
 
         def work(how=how, options=options) -> int:
             if how is not None:
-                kill_at(*how)
+                kill_at(*how, drafts=lambda: out.glob("checkpoints/*.orbax-checkpoint-tmp*/**/*"))
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 return cli.main(["train", "--out", str(out), *options])
 
