@@ -54,11 +54,8 @@ def write(
     left = [name for name in _list(directory) if name not in known]
     manifest = Manifest(directory.name, known | _hash(directory, left), dict(arrays or {}))
     atomic.sync(directory)
-    body = _body(manifest)
-    text = json.dumps(body | {"sha256": _own_digest(body)}, indent=1, sort_keys=True)
-    atomic.write_text(
-        directory / NAME, text + "\n", drafted=lambda: faults.reach("manifest drafted")
-    )
+    text = _text(_body(manifest))
+    atomic.write_text(directory / NAME, text, drafted=lambda: faults.reach("manifest drafted"))
     faults.reach("manifest named")
     return manifest
 
@@ -80,12 +77,14 @@ def read(directory) -> Manifest:
             f"{path.parent} has no {NAME}: its writer did not finish, or wrote none."
         )
     try:
-        body = json.loads(path.read_bytes())
-        stated = body.pop("sha256")
-        if stated != _own_digest(body):
+        text = path.read_bytes()
+        body = json.loads(text)
+        if body.pop("sha256") != _own_digest(body):
             raise ValueError("its own sha256 does not fit it")
         if body["format"] != _FORMAT:
             raise ValueError(f"its format is {body['format']!r}; this version reads {_FORMAT}")
+        if text != _text(body).encode():
+            raise ValueError("it says the same in another form")
         return _parse(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: {error}.") from error
@@ -188,6 +187,10 @@ def _parse(body: dict) -> Manifest:
         {name: (each["bytes"], each["xxh3_128"]) for name, each in body["files"].items()},
         digests.from_json(body["arrays"]),
     )
+
+
+def _text(body: dict) -> str:
+    return json.dumps(body | {"sha256": _own_digest(body)}, indent=1, sort_keys=True) + "\n"
 
 
 def _own_digest(body: dict) -> str:

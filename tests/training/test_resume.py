@@ -181,7 +181,10 @@ def test_killed_five_times_in_its_saves_a_run_ends_with_the_same_bits(
 @pytest.mark.nightly
 def test_killed_fifty_times_a_run_ends_with_the_same_bits(config, tmp_path, compiled_once):
     often = dataclasses.replace(
-        config, steps=120, checkpoints=t.Checkpoints(every=1, keep=2), evaluation=t.Evaluation(120)
+        config,
+        steps=120,
+        checkpoints=t.Checkpoints(every=1, keep=2),
+        evaluation=t.Evaluation(every=120),
     )
     small.train(often, tmp_path / "whole", stream=io.StringIO())
     ends = killed_and_resumed(often, tmp_path / "run", 50, compiled_once)
