@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax.checkpoint import manifest
+from hybrid_jax.checkpoint import digests, manifest
 from hybrid_jax.training.checkpoints import CheckpointStore
 from tests.training import dying
 
@@ -143,6 +143,23 @@ def then_write(monkeypatch):
         monkeypatch.setattr(manifest, "verify", verify_and_write)
 
     return install
+
+
+def test_files_are_read_again_where_arrays_could_not_be_compared(
+    stored, abstract, then_write, monkeypatch
+):
+    """As on a mesh of other processes that cuts them smaller than they were."""
+    monkeypatch.setattr(digests, "check", lambda *_: ["a.scale"])
+    with CheckpointStore.reading(stored) as checkpoints:
+        assert checkpoints.restore(abstract, step=2).position == 2
+        path = next(p for p in (stored / "2").rglob("d/*") if p.stat().st_size > 10_000)
+        before = path.read_bytes()
+        then_write(path, flipped(before, random.Random(1)))
+        try:
+            with pytest.raises(manifest.Damaged, match="has other contents"):
+                checkpoints.restore(abstract, step=2)
+        finally:
+            path.write_bytes(before)
 
 
 def flip_after_verifying(stored, abstract, then_write, count: int) -> tuple[int, int]:
