@@ -10,6 +10,7 @@ import typing
 import tyro
 
 from hybrid_jax.config import presets, recipes, text
+from hybrid_jax.config.data import parse_sources
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.config.training import TrainConfig
 
@@ -22,8 +23,10 @@ class Source:
     """Directory of the run; new or empty unless --resume is given."""
     preset: str | None = None
     """Model to train and its recipe: quickstart, nano, ...; `hybrid-jax presets` lists them."""
-    data: str | None = None
-    """Text to learn from: a directory, a file or a glob. The same as --data.path."""
+    data: tuple[str, ...] = ()
+    """What to learn from, one or more: a directory, a file or a glob of text, JSON Lines, Parquet,
+    ArrayRecord or Arrow, a Hugging Face data set on disk, or what `hybrid-jax data prepare` made.
+    PATH=WEIGHT gives a share: web=0.7 code=0.3. More about each: --data.sources.0.FIELD."""
     config: pathlib.Path | None = None
     """YAML file with a whole configuration, such as another run's config.yaml."""
     mesh: str | None = None
@@ -180,14 +183,15 @@ def _stored(source: Source, asks_help: bool) -> TrainConfig:
         if source.preset is not None:
             raise ValueError("Give --preset or --config, not both: each is a whole configuration.")
     else:
-        if not asks_help and (source.preset is None or source.data is None):
+        if not asks_help and (source.preset is None or not source.data):
             raise ValueError(
                 "A new run needs --preset NAME and --data PATH (or --config FILE); "
                 "--resume continues one that is there."
             )
-        return recipes.get(source.preset or "nano", source.data or "DATA")
-    if source.data is not None:
-        base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=source.data))
+        return recipes.get(source.preset or "nano", parse_sources(source.data or ("DATA",)))
+    if source.data:
+        sources = parse_sources(source.data)
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=sources))
     return base
 
 

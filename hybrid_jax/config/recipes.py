@@ -2,17 +2,19 @@
 
 import dataclasses
 
-from hybrid_jax.config import presets
+from hybrid_jax.config import data, presets
 from hybrid_jax.config import training as t
 
-
-def _default(preset: str, path: str) -> t.TrainConfig:
-    return t.TrainConfig(model=presets.get(preset), data=t.Text(path=path), steps=1000)
+Sources = tuple[data.Source, ...]
 
 
-def _quickstart(preset: str, path: str) -> t.TrainConfig:
+def _default(preset: str, sources: Sources) -> t.TrainConfig:
+    return t.TrainConfig(model=presets.get(preset), data=data.Data(sources=sources), steps=1000)
+
+
+def _quickstart(preset: str, sources: Sources) -> t.TrainConfig:
     """Made for a few minutes on two CPU cores: few tokens a step, so that there are many steps."""
-    config = _default(preset, path)
+    config = _default(preset, sources)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sequence_length=256),
@@ -30,6 +32,6 @@ def _quickstart(preset: str, path: str) -> t.TrainConfig:
 _RECIPES = {"quickstart": _quickstart}
 
 
-def get(preset: str, path: str) -> t.TrainConfig:
-    """The recipe for `preset` on the text at `path`; ValueError if there is no such preset."""
-    return _RECIPES.get(preset, _default)(preset, path)
+def get(preset: str, sources: Sources) -> t.TrainConfig:
+    """The recipe for `preset` on these sources; ValueError if there is no such preset."""
+    return _RECIPES.get(preset, _default)(preset, sources)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
+from hybrid_jax.config import data as data_config
 from hybrid_jax.config import training as train_config
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.data import Batch
@@ -57,7 +58,7 @@ def _train(
 ) -> Built:
     run = train_config.TrainConfig(
         model=config,
-        data=train_config.Text(path="-", sequence_length=request.seq),
+        data=data_config.text("-", sequence_length=request.seq),
         steps=1000,
         batch_size=request.batch,
         accumulate=request.accumulate,

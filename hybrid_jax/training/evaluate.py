@@ -1,18 +1,63 @@
 """The loss on held-out text."""
 
 import jax
+import numpy as np
 
-from hybrid_jax.data import WindowIndex, evaluation_batches
+from hybrid_jax import data as data_lib
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import corpus
+from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training.feed import Feed
 from hybrid_jax.training.parameters import Named
 
 
-def heldout_loss(
-    evaluation_step, params: Named, windows: WindowIndex, feed: Feed, limit: int | None = None
-) -> float:
-    """Mean nats a token over `windows`: all of them, or `limit` batches spread over the text."""
+class Heldout:
+    """Held-out rows of every source that has some; false if none has."""
+
+    def __init__(
+        self, config: TrainConfig, parts: tuple[corpus.Part, ...], placement: Placement | None
+    ):
+        length = config.data.sequence_length
+        # In the store's order: evaluation does not depend on the seed.
+        self._windows = {
+            part.source.label: data_lib.WindowIndex(part.heldout, length, seed=None)
+            for part in parts
+            if part.heldout is not None
+        }
+        self._feed = Feed(placement, config.batch_size // config.accumulate, length)
+
+    def __bool__(self) -> bool:
+        return bool(self._windows)
+
+    def unigram_entropy(self) -> float:
+        """Entropy in nats of all held-out targets' own distribution."""
+        targets = [windows.all_targets() for windows in self._windows.values()]
+        return data_lib.unigram_entropy(np.concatenate(targets))
+
+    def losses(self, evaluation_step, params: Named, limit: int | None = None) -> dict:
+        """`heldout_loss`: mean nats a token over all rows, or over `limit` batches spread over them.
+
+        Of several sources also `heldout_loss_by_source`, in the order of the sources.
+        """
+        if limit is not None:
+            limit = max(1, limit // len(self._windows))
+        sums = [
+            _sums(evaluation_step, params, windows, self._feed, limit)
+            for windows in self._windows.values()
+        ]
+        nll, weight = np.sum(sums, axis=0)
+        record = {"heldout_loss": float(nll / weight)}
+        if len(sums) > 1:
+            record["heldout_loss_by_source"] = {
+                label: own / share for label, (own, share) in zip(self._windows, sums, strict=True)
+            }
+        return record
+
+
+def _sums(evaluation_step, params: Named, windows, feed: Feed, limit) -> tuple[float, float]:
+    """(nats, weights) over the rows."""
     total, count = 0.0, 0.0
-    for batch in evaluation_batches(windows, feed.num_rows, limit, feed.rows):
+    for batch in data_lib.evaluation_batches(windows, feed.num_rows, limit, feed.rows):
         nll, weight = jax.device_get(evaluation_step(params, feed.place(batch)))
         total, count = total + float(nll), count + float(weight)
-    return total / count
+    return total, count

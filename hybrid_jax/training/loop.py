@@ -9,21 +9,20 @@ from collections.abc import Sequence
 
 import jax
 
-from hybrid_jax import data as data_lib
 from hybrid_jax import observe
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training import placing
 from hybrid_jax.training import run as run_lib
 from hybrid_jax.training.checkpoints import CheckpointStore
-from hybrid_jax.training.evaluate import heldout_loss
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.evaluate import Heldout
 from hybrid_jax.training.opening import Opened, open_run
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import TrainState, abstract_state, initial_state
 from hybrid_jax.training.step import make_evaluation_step, make_train_step
 from hybrid_jax.training.stop import StopSignal
+from hybrid_jax.training.supply import Supply
 from sharding import processes
 
 
@@ -92,22 +91,13 @@ class Trainer:
         self._evaluation_step = processes.Together(
             make_evaluation_step(config, self._skeleton, placement)
         )
-        length = config.data.sequence_length
-        self._feed = Feed(placement, config.batch_size, length)
-        windows = data_lib.WindowIndex(opened.tokens.training, length, config.seed)
-        self._batches = data_lib.Batches(
-            windows, config.batch_size, seed=config.seed, rows=self._feed.rows
-        )
+        self._supply = Supply(config, opened.parts, placement)
+        progress.note(f"{self._supply.efficiency:.1%} of the places in rows hold tokens.")
         self._fingerprint = opened.fingerprint
-        self._heldout = None
+        self._heldout = Heldout(config, opened.parts, placement)
         self._unigram_entropy = None
-        if opened.tokens.heldout is not None:
-            # In the store's order: evaluation does not depend on the seed.
-            self._heldout = data_lib.WindowIndex(opened.tokens.heldout, length, seed=None)
-            rows = config.batch_size // config.accumulate
-            self._heldout_feed = Feed(placement, rows, length)
-            if processes.is_first():
-                self._unigram_entropy = data_lib.unigram_entropy(self._heldout.all_targets())
+        if self._heldout and processes.is_first():
+            self._unigram_entropy = self._heldout.unigram_entropy()
 
     def run(self, stop: StopSignal) -> Outcome:
         """Continue from the newest checkpoint, or begin."""
@@ -122,15 +112,15 @@ class Trainer:
             step = int(state.step)
             self._progress.start(step)
             self._progress.note("Compiling the update; the first step takes longer ...")
-            batch, position = self._next_batch(), self._batches.position
+            supplied, position = self._supply.next(), None
             with self._metrics_file(step) as metrics:
                 while step < config.steps and stop.name is None:
                     begin = time.monotonic()
                     stop.ask()
-                    state, values = self._train_step(state, batch)
-                    position = self._batches.position
+                    state, values = self._train_step(state, supplied.batch)
+                    position = supplied.position
                     # Fetched while the device computes; its position counts from the next step on.
-                    batch = self._next_batch()
+                    supplied = self._supply.next()
                     step += 1
                     record = self._record(step, values, begin, checkpoints)
                     if self._is_time(step, config.evaluation.every) or step == config.steps:
@@ -144,9 +134,6 @@ class Trainer:
                 checkpoints.save(step, state, position, self._fingerprint)
             checkpoints.wait()
         return self._finish(step, stop.name)
-
-    def _next_batch(self):
-        return self._feed.place(next(self._batches))
 
     def _metrics_file(self, step: int):
         """The run's metrics from `step` on; None in processes that do not write."""
@@ -170,7 +157,7 @@ class Trainer:
                 f"steps={self._config.steps}, but {self._run.path} has already done "
                 f"{int(restored.state.step)}. Give --steps that many or more."
             )
-        self._batches.seek(restored.position)
+        self._supply.seek(restored.position)
         self._progress.note(f"Resuming at step {int(restored.state.step)}.")
         return restored.state
 
@@ -198,13 +185,11 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int, record: dict) -> None:
         """Adds the held-out loss to `record`: over all windows after the last step."""
-        if self._heldout is None:
+        if not self._heldout:
             return
         last = step == self._config.steps
         limit = None if last else self._config.evaluation.batches
-        record["heldout_loss"] = heldout_loss(
-            self._evaluation_step, state.params, self._heldout, self._heldout_feed, limit
-        )
+        record |= self._heldout.losses(self._evaluation_step, state.params, limit)
 
     def _finish(self, step: int, stopped_by: str | None) -> Outcome:
         """Draw the curve and say how it ended."""

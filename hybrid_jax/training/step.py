@@ -38,7 +38,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
 
-    With `config.accumulate` = n the rows go through the model in n rounds. Every token weighs the
+    With `config.accumulate` = n the rows go through the model in n rounds, more as the batch grows. Every token weighs the
     same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
     the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
     With a `placement` the state lives where `state.shardings` says, and so do the gradients. An
@@ -50,7 +50,9 @@ def make_train_step(
         def loss(params, part, share):
             return _loss(config, skeleton, placement, objective, params, part, share)
 
-        gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
+        # Of a batch that has grown, more rounds: the memory of one stays what it is.
+        rounds = batch.tokens_BT.shape[0] // config.rows_per_round
+        gradients, metrics = _accumulated(loss, state.params, batch, rounds)
         if live is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, live.params)
         params, optimizer_state, norm = optimizer.update(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hybrid_jax import training
-from hybrid_jax.config import layers, model
+from hybrid_jax.config import data, layers, model
 from hybrid_jax.config import training as t
 from hybrid_jax.config.presets import own
 from hybrid_jax.data import Batch
@@ -39,7 +39,7 @@ def small_run(path="unused", **changes) -> t.TrainConfig:
     """Eight steps of four windows of 32 tokens."""
     config = t.TrainConfig(
         model=small_model(),
-        data=t.Text(path=str(path), sequence_length=32, heldout_fraction=0.3),
+        data=data.text(str(path), sequence_length=32, heldout_fraction=0.3),
         steps=8,
         batch_size=4,
         schedule=t.Schedule(peak=3e-3, warmup_steps=2),

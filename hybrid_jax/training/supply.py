@@ -1,0 +1,62 @@
+"""Training batches of a run on their devices, and where the data goes on after each."""
+
+from typing import NamedTuple
+
+from hybrid_jax import data as data_lib
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import corpus
+from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.training.feed import Feed
+
+
+class Supplied(NamedTuple):
+    """A batch of one update."""
+
+    batch: data_lib.Batch
+    position: dict
+    """Where the data goes on after it; valid JSON."""
+
+
+class Supply:
+    """Batches without end, of the sizes that the configuration says at each step."""
+
+    def __init__(
+        self, config: TrainConfig, parts: tuple[corpus.Part, ...], placement: Placement | None
+    ):
+        length = config.data.sequence_length
+        self._size_at = config.batch_size_at
+        self._feeds = {size: Feed(placement, size, length) for size in config.batch_sizes}
+        self.windows = [
+            data_lib.WindowIndex(
+                part.training,
+                length,
+                config.seed,
+                config.data.packing,
+                source=number if len(parts) > 1 else None,
+            )
+            for number, part in enumerate(parts)
+        ]
+        self._batches = data_lib.Batches(
+            self.windows,
+            [part.source for part in parts],
+            config.batch_size_at,
+            seed=config.seed,
+            steps=config.steps,
+            rows=lambda size: self._feeds[size].rows,
+        )
+
+    def next(self) -> Supplied:
+        """The next batch, on its devices."""
+        feed = self._feeds[self._size_at(self._batches.position["batches"])]
+        batch = next(self._batches)
+        return Supplied(feed.place(batch), self._batches.position)
+
+    def seek(self, position: dict) -> None:
+        """Go on as after the batch that came with `position`."""
+        self._batches.seek(position)
+
+    @property
+    def efficiency(self) -> float:
+        """Share of places in rows that hold a token to learn from or to see; the rest is padding."""
+        places = sum(len(each) for each in self.windows)
+        return sum(each.efficiency * len(each) for each in self.windows) / places
