@@ -64,8 +64,9 @@ def main() -> int:
     corpus = sysconfig.get_paths()["stdlib"]
     steps = args.steps or recipes.get("quickstart", parse_sources([corpus])).steps
     say("Training on the Python standard library; interrupted, on purpose, before it is done.")
-    new = ["--preset", "quickstart", "--data", corpus, "--data.sources.0.pattern", "*.py", "--steps"]
-    train(run, [*new, str(steps), "--data.sources.0.exclude", *NOT_WANTED], max(1, min(30, steps // 4)))
+    new = ["--preset", "quickstart", "--steps", str(steps), "--data", corpus]
+    new += ["--data.sources.0.pattern", "*.py", "--data.sources.0.exclude", *NOT_WANTED]
+    train(run, new, max(1, min(30, steps // 4)))
     if args.steps is None:
         seconds = [record["seconds"] for record in observe.read_metrics(run / "metrics.jsonl")]
         affordable = int(args.minutes * 60 / statistics.median(seconds))

@@ -4,7 +4,7 @@ from hybrid_jax.data.batch import Batch
 from hybrid_jax.data.corpus import Part
 from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
 from hybrid_jax.data.pipeline import Batches, evaluation_batches
-from hybrid_jax.data.prepare import prepare
+from hybrid_jax.data.preparation import prepare
 from hybrid_jax.data.split import is_heldout
 from hybrid_jax.data.store import TokenStore, unigram_entropy
 from hybrid_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_tokenizer

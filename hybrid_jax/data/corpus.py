@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_jax.config.data import Data, Source
 from hybrid_jax.data import chat, encoding, sources
 from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
-from hybrid_jax.data.prepare import prepare, tokenizer_hash
+from hybrid_jax.data.preparation import prepare, tokenizer_hash
 from hybrid_jax.data.split import is_heldout
 from hybrid_jax.data.store import TokenStore
 from hybrid_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -119,9 +119,7 @@ def _tokenizer(config: Data, prepared: dict[str, Dataset], vocab_size: int, file
     elif prepared:
         tokenizer = next(iter(prepared.values())).tokenizer
     else:
-        tokenizer = make_tokenizer(
-            config.sources, vocab_size, config.heldout_fraction, note
-        )
+        tokenizer = make_tokenizer(config.sources, vocab_size, config.heldout_fraction, note)
     tokenizer.save(file)
     return tokenizer
 

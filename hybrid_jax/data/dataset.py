@@ -40,7 +40,7 @@ def is_dataset(path) -> bool:
 
 
 def open_dataset(path) -> Dataset:
-    """Open a prepared source. Raises ValueError if it is unfinished, damaged or of another format."""
+    """Open a prepared source. Raises ValueError if it is unfinished or damaged."""
     path = pathlib.Path(path).expanduser()
     again = "Prepare it again: the same command goes on where it stopped; or delete the directory."
     if not (path / "dataset.json").is_file():

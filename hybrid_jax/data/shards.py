@@ -59,7 +59,10 @@ def write(
     heldout_fraction: float,
 ) -> Facts:
     """Store a unit's documents as shard `number`."""
-    ids, learned, documents, named = [], [], [], []
+    ids: list[np.ndarray] = []
+    learned: list[np.ndarray] = []
+    documents: list[tuple] = []
+    named: list[list[str]] = []
     counts: Counter[str] = Counter()
     begin = 0
     for item in encoded:
@@ -149,5 +152,5 @@ def array_hash(arrays: dict[str, np.ndarray]) -> str:
     digest = xxhash.xxh3_128()
     for what in sorted(arrays):
         digest.update(f"{what}:{arrays[what].dtype.str}:{len(arrays[what])};".encode())
-        digest.update(np.ascontiguousarray(arrays[what]).view(np.uint8))
+        digest.update(np.ascontiguousarray(arrays[what]).view(np.uint8).data)
     return digest.hexdigest()

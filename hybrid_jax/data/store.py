@@ -1,4 +1,4 @@
-"""Tokenised documents as training sees them: any stretch of any document, whichever shard it is in."""
+"""Tokenised documents as training sees them: any stretch of any document."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class TokenStore:
     """Documents as ids, in order; memory-mapped, so that it costs no memory to hold."""
 
     def __init__(self, shards: Sequence[Shard], places: np.ndarray):
-        """`places` says of each document its shard, and where in it: made by `of_shards` or `of`."""
+        """`places` says of each document its shard, and where in it; see `of_shards`."""
         self._shards = shards
         self._places = places
 
@@ -74,7 +74,7 @@ class TokenStore:
 
     def fingerprint(self) -> str:
         """Equal if and only if the documents are the same, in the same order."""
-        digest = xxhash.xxh3_128(np.ascontiguousarray(self._places).view(np.uint8))
+        digest = xxhash.xxh3_128(np.ascontiguousarray(self._places).view(np.uint8).data)
         for shard in self._shards:
             digest.update(shard.facts.hash.encode())
         return digest.hexdigest()[:16]

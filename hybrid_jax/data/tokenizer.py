@@ -44,6 +44,13 @@ class Tokenizer:
         """Ids run from 0 to this, exclusive."""
         return self.backend.get_vocab_size()
 
+    def id_of(self, token: str) -> int:
+        """Id of a special token. Raises ValueError if there is none."""
+        idx = self.backend.token_to_id(token)
+        if idx is None:
+            raise ValueError(f"The tokenizer has no token {token!r}.")
+        return idx
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the name of a special token inside it is plain text."""
         return self.backend.encode(text, add_special_tokens=False).ids

@@ -7,6 +7,8 @@ from hybrid_jax.data import packing as packing_lib
 from hybrid_jax.data.batch import Batch
 from hybrid_jax.data.store import TokenStore
 
+END_TO_END = Concatenate()
+
 
 class WindowIndex:
     """Row i of `sequence_length` (input, target) pairs, by random access.
@@ -22,7 +24,7 @@ class WindowIndex:
         store: TokenStore,
         sequence_length: int,
         seed: int | None = 0,
-        packing: Packing = Concatenate(),
+        packing: Packing = END_TO_END,
         source: int | None = None,
     ):
         """`seed=None` keeps the documents in the store's order.

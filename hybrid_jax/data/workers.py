@@ -11,9 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 _MOST_DEATHS = 3
 
 
-def run(
-    task: Callable, jobs: Sequence, num_workers: int, describe: Callable[..., str]
-) -> Iterator:
+def run(task: Callable, jobs: Sequence, num_workers: int, describe: Callable[..., str]) -> Iterator:
     """Results of `task(job)`, as they come, in any order.
 
     Jobs of a worker that dies are done again by others; a job must be one that can be. Raises

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.config import data as data_config
 from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
-from hybrid_jax.config import data as data_config
 from hybrid_jax.config import training as train_config
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.data import Batch

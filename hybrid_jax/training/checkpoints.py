@@ -35,8 +35,8 @@ class Restored(NamedTuple):
     """What a checkpoint gives back."""
 
     state: TrainState
-    position: int
-    """Batches of data taken."""
+    position: dict
+    """Where the data goes on; valid JSON."""
     fingerprint: str
     """Identifies the data the position belongs to."""
 
@@ -80,7 +80,7 @@ class CheckpointStore:
         """Step of the newest whole checkpoint; None if there is none."""
         return self._latest
 
-    def save(self, step: int, state: TrainState, position: int, fingerprint: str) -> None:
+    def save(self, step: int, state: TrainState, position: dict, fingerprint: str) -> None:
         """Begin to write; waits for the write before only. A step that is there stays as it is.
 
         The state is hashed and copied before this returns: an update may then take its memory.

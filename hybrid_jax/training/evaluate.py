@@ -35,7 +35,7 @@ class Heldout:
         return data_lib.unigram_entropy(np.concatenate(targets))
 
     def losses(self, evaluation_step, params: Named, limit: int | None = None) -> dict:
-        """`heldout_loss`: mean nats a token over all rows, or over `limit` batches spread over them.
+        """`heldout_loss`: mean nats a token over all rows, or `limit` batches of them.
 
         Of several sources also `heldout_loss_by_source`, in the order of the sources.
         """
@@ -46,7 +46,7 @@ class Heldout:
             for windows in self._windows.values()
         ]
         nll, weight = np.sum(sums, axis=0)
-        record = {"heldout_loss": float(nll / weight)}
+        record: dict = {"heldout_loss": float(nll / weight)}
         if len(sums) > 1:
             record["heldout_loss_by_source"] = {
                 label: own / share for label, (own, share) in zip(self._windows, sums, strict=True)

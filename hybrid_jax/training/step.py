@@ -38,9 +38,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
 
-    With `config.accumulate` = n the rows go through the model in n rounds, more as the batch grows. Every token weighs the
-    same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
-    the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
+    With `config.accumulate` = n the rows go through the model in n rounds, more as the batch grows.
+    Every token weighs the same whichever round it falls in, so the cross-entropy's gradient is that
+    of the whole batch; the balance loss, which is no sum over tokens, is the mean of the rounds' by
+    their tokens.
     With a `placement` the state lives where `state.shardings` says, and so do the gradients. An
     `objective` weighs the targets otherwise than by the batch's weights alone; it says how.
     """

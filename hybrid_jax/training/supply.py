@@ -57,6 +57,6 @@ class Supply:
 
     @property
     def efficiency(self) -> float:
-        """Share of places in rows that hold a token to learn from or to see; the rest is padding."""
+        """Share of the places in rows that hold tokens; the rest is padding."""
         places = sum(len(each) for each in self.windows)
         return sum(each.efficiency * len(each) for each in self.windows) / places

@@ -1,4 +1,4 @@
-"""Conversations for training: parsed, rendered by a published template, encoded with a loss mask."""
+"""Conversations: parsed, rendered by a published template, encoded with a loss mask."""
 
 from hybrid_jax.data.chat.conversation import BadConversation, Call, Conversation, Turn, parse
 from hybrid_jax.data.chat.encode import check_tokenizer, encode

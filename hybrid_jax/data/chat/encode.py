@@ -31,6 +31,7 @@ def encode(
     are those of the whole text; a control token inside a message stays plain text.
     """
     control = re.compile("|".join(map(re.escape, render.CONTROL[template])))
+    known = {token: tokenizer.id_of(token) for token in render.CONTROL[template]}
     ids: list[int] = []
     learned: list[bool] = []
     run: list[render.Piece] = []
@@ -51,7 +52,7 @@ def encode(
             if match.start() > place:
                 run.append(piece._replace(text=piece.text[place : match.start()]))
             flush()
-            ids.append(tokenizer.backend.token_to_id(match.group()))
+            ids.append(known[match.group()])
             learned.append(piece.learned)
             place = match.end()
         if place < len(piece.text):
