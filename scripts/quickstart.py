@@ -62,7 +62,7 @@ def main() -> int:
         raise SystemExit(f"{run} is no run, it is or holds {strange}; choose another --out.")
     shutil.rmtree(run, ignore_errors=True)
     corpus = sysconfig.get_paths()["stdlib"]
-    steps = args.steps or recipes.get("quickstart", parse_sources([corpus])).steps
+    steps = args.steps or recipes.of_preset("quickstart", parse_sources([corpus])).steps
     say("Training on the Python standard library; interrupted, on purpose, before it is done.")
     new = ["--preset", "quickstart", "--steps", str(steps), "--data", corpus]
     new += ["--data.sources.0.pattern", "*.py", "--data.sources.0.exclude", *NOT_WANTED]

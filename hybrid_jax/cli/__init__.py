@@ -12,6 +12,7 @@ _HEAVY = ("train", "generate", "bench")
 # One module a command, imported when it is called, so that --help answers at once.
 _COMMANDS = {
     "train": "Train a preset on text; resume an interrupted run.",
+    "data": "Tokenise text, JSON Lines, Parquet, ... ahead of time; look at it, check it.",
     "generate": "Continue a prompt with a checkpoint or a training run.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
@@ -20,6 +21,7 @@ _COMMANDS = {
     "shard": "Say where every parameter would live on a mesh of devices.",
     "plan": "Compile a step for a pod that is not here: does it fit, how fast will it be?",
     "presets": "List the presets, or print one in full.",
+    "recipes": "List the recipes of training, or print one in full.",
 }
 
 

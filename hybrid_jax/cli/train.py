@@ -22,7 +22,12 @@ class Source:
     out: pathlib.Path
     """Directory of the run; new or empty unless --resume is given."""
     preset: str | None = None
-    """Model to train and its recipe: quickstart, nano, ...; `hybrid-jax presets` lists them."""
+    """Model to train: quickstart, nano, ...; `hybrid-jax presets` lists them."""
+    recipe: str | None = None
+    """How it is trained, as published or our own; `hybrid-jax recipes` lists them. Left out, the
+    preset's own."""
+    budget: recipes.Budget = recipes.PUBLISHED
+    """How much of the recipe is affordable: the rest of it follows in proportion."""
     data: tuple[str, ...] = ()
     """What to learn from, one or more: a directory, a file or a glob of text, JSON Lines, Parquet,
     ArrayRecord or Arrow, a Hugging Face data set on disk, or what `hybrid-jax data prepare` made.
@@ -188,11 +193,19 @@ def _stored(source: Source, asks_help: bool) -> TrainConfig:
                 "A new run needs --preset NAME and --data PATH (or --config FILE); "
                 "--resume continues one that is there."
             )
-        return recipes.get(source.preset or "nano", parse_sources(source.data or ("DATA",)))
+        return _new(source)
     if source.data:
         sources = parse_sources(source.data)
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=sources))
     return base
+
+
+def _new(source: Source) -> TrainConfig:
+    """What --preset, --recipe and --budget mean."""
+    preset, sources = source.preset or "nano", parse_sources(source.data or ("DATA",))
+    if source.recipe is None:
+        return recipes.of_preset(preset, sources, source.budget)
+    return recipes.get(source.recipe, presets.get(preset), sources, source.budget)
 
 
 def _take_kinds(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:

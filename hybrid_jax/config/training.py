@@ -51,7 +51,48 @@ class ExponentialTail:
         check_at_least(self, 0, "final_fraction", strict=True)
 
 
-Decay = Constant | Cosine | Linear | ExponentialTail
+PHASE_SHAPES = ("constant", "linear", "cosine", "exponential")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training, as long as its share of all tokens."""
+
+    share: float
+    """Its tokens, relative to the other phases'."""
+    start: float
+    """Its first rate as a share of the peak."""
+    end: float | None = None
+    """Its last rate as a share of the peak; None: as the first."""
+    shape: str = "constant"
+    """How the one becomes the other: constant, linear, cosine or exponential."""
+
+    def __post_init__(self):
+        check_at_least(self, 0, "share", "start", strict=True)
+        if self.shape not in PHASE_SHAPES:
+            raise ValueError(f"Phase.shape must be one of {PHASE_SHAPES}; got {self.shape!r}.")
+        if (self.end is None) != (self.shape == "constant"):
+            raise ValueError(
+                f"Phase.end belongs to every shape but constant; got end={self.end!r} with "
+                f"{self.shape}."
+            )
+        if self.end is not None:
+            check_at_least(self, 0, "end", strict=self.shape == "exponential")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Phases one after the other, by tokens rather than steps where the batch grows on the way."""
+
+    phases: tuple[Phase, ...] = (Phase(share=1.0, start=1.0),)
+    """In order; together they last as long as the run."""
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ValueError("Phases.phases must hold at least one phase; got none.")
+
+
+Decay = Constant | Cosine | Linear | ExponentialTail | Phases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ from hybrid_jax.data.split import is_heldout
 from hybrid_jax.data.store import TokenStore
 from hybrid_jax.data.tokenizer import Tokenizer, train_tokenizer
 
+# Up to so many bytes are held against their checksums whenever they are opened: about a second.
+# More is left to `hybrid-jax data verify`.
+_VERIFIED_BYTES = 1 << 32
 # A tokenizer learns nothing more from more text than this.
 _SAMPLE_CHARACTERS = 1 << 28
 
@@ -50,13 +53,13 @@ def make(config: Data, directory: pathlib.Path, vocab_size: int, tokenizer_file,
             deduplicate=config.deduplicate,
         )
         _tell(made, note)
-    return load(config, directory)
+    return load(config, directory, verify=True)
 
 
-def load(config: Data, directory: pathlib.Path) -> tuple[Part, ...]:
+def load(config: Data, directory: pathlib.Path, *, verify: bool = False) -> tuple[Part, ...]:
     """What `make` made. Raises ValueError if it is missing or damaged, or nothing is left of it."""
     return tuple(
-        _part(config, source, place_of(directory, number))
+        _part(source, place_of(directory, number), verify)
         for number, source in enumerate(config.sources)
     )
 
@@ -66,8 +69,13 @@ def place_of(directory: pathlib.Path, number: int) -> pathlib.Path:
     return directory / f"{number:02}"
 
 
-def _part(config: Data, source: Source, place: pathlib.Path) -> Part:
+def _part(source: Source, place: pathlib.Path, verify: bool) -> Part:
     dataset = open_dataset(source.path if is_dataset(source.path) else place)
+    if verify and dataset.num_bytes <= _VERIFIED_BYTES:
+        try:
+            dataset.verify()
+        except ValueError as error:
+            raise ValueError(f"{error}. Delete {dataset.path} to tokenise again.") from error
     training, heldout = (
         store.select(source.min_tokens, source.max_tokens)
         for store in (dataset.training, dataset.heldout)

@@ -28,6 +28,11 @@ class Dataset:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / "tokenizer.json")
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all ids."""
+        return self.summary["tokens"] * (2 if self.tokenizer.vocab_size <= 1 << 16 else 4)
+
     def verify(self) -> None:
         """Read everything. Raises ValueError naming what is damaged."""
         for number in range(self.summary["shards"]):

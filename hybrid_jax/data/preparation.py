@@ -153,6 +153,21 @@ def _facts(place: pathlib.Path, number: int) -> shards.Facts:
     return facts
 
 
+def _histogram(lengths: np.ndarray) -> dict:
+    """Documents and their tokens by length, in bins that double, and a few quantiles."""
+    edges = 1 << np.arange(0, max(2, int(lengths.max()).bit_length() + 1))
+    documents, _ = np.histogram(lengths, edges)
+    tokens, _ = np.histogram(lengths, edges, weights=lengths)
+    names = ("shortest", "median", "p90", "p99", "longest")
+    quantiles = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1)).astype(int).tolist()
+    return {
+        "edges": edges.tolist(),
+        "documents": documents.tolist(),
+        "tokens": tokens.astype(int).tolist(),
+        "mean": float(lengths.mean()),
+    } | dict(zip(names, quantiles, strict=True))
+
+
 def _finish(source: Source, directory: pathlib.Path, plan: dict, deduplicate: bool) -> None:
     """Count, mark duplicates, and say that all is there."""
     place, count = directory / "shards", len(plan["units"])
@@ -182,5 +197,6 @@ def _finish(source: Source, directory: pathlib.Path, plan: dict, deduplicate: bo
         "shards": count,
         "skipped": dict(skipped),
         "tokenizer": plan["tokenizer"],
+        "lengths": _histogram(np.concatenate([table["length"] for table in tables])[kept]),
     }
     shards.write_whole(directory / "dataset.json", json.dumps(summary, indent=2) + "\n")

@@ -50,7 +50,7 @@ class Optimizer:
 
     def learning_rate(self, step) -> jax.Array:
         """The rate of update `step`, from 0."""
-        return schedule.learning_rate(self._config.schedule, self._config.steps, step)
+        return schedule.learning_rate(self._config, step)
 
     def update(self, params: Named, gradients: Named, state, step):
         """(new params, new state, norm of the gradients before clipping).

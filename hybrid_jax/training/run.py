@@ -184,7 +184,7 @@ def prepare_tokens(
     wanted = range(len(config.data.sources))
     places = [corpus.place_of(run.tokens, number) / "dataset.json" for number in wanted]
     if run.tokenizer.exists() and all(place.exists() for place in places):
-        parts = load_tokens(config, run)
+        parts = corpus.load(config.data, run.tokens, verify=True)
     else:
         vocab_size = config.model.vocab_size
         parts = corpus.make(config.data, run.tokens, vocab_size, run.tokenizer, note)

@@ -15,6 +15,7 @@ import hybrid_jax
 from hybrid_jax import model as models
 from hybrid_jax.checkpoint import convert, leaves
 from hybrid_jax.config import recipes, text
+from hybrid_jax.config.data import Source
 from hybrid_jax.config.model import ModelConfig
 from tests.checkpoint import published
 from tests.checkpoint.published import FP8_CONFIG, D, F, H, K, m2_config, original_config
@@ -162,7 +163,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 
 
 def test_a_training_run_is_loaded_and_exported(tmp_path):
-    recipe = recipes.get("nano", "text")
+    recipe = recipes.of_preset("nano", (Source(path="text"),))
     model = _random(recipe.model, seed=1)
     run = tmp_path / "run"
     with ocp.training.Checkpointer(run / "checkpoints") as checkpoints:
