@@ -12,7 +12,7 @@ from hybrid_jax.config.data import Source
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """List the recipes that `hybrid-jax train --recipe NAME` takes, or print one, a field a line."""
+    """List what `hybrid-jax train --recipe NAME` takes, or print one, a field a line."""
 
     name: typing.Annotated[str | None, tyro.conf.Positional] = None
     """The recipe to print in full; all are listed without one."""
