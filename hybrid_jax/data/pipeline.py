@@ -4,7 +4,6 @@ import collections.abc
 from collections.abc import Sequence
 
 import grain
-import numpy as np
 
 from hybrid_jax.data import batch as batch_lib
 from hybrid_jax.data.windows import WindowIndex
@@ -64,7 +63,7 @@ def evaluation_batches(
     if limit is not None and len(numbers) > limit * batch_size:
         wanted = limit * batch_size
         numbers = [idx * len(numbers) // wanted for idx in range(wanted)]
-    empty = batch_lib.Batch(*(np.zeros_like(column) for column in windows[0]))
+    empty = batch_lib.empty_like(windows[0])
     for begin in range(0, len(numbers), batch_size):
         batch = numbers[begin : begin + batch_size]
         yield batch_lib.stack([windows[batch[r]] if r < len(batch) else empty for r in rows])

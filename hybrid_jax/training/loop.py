@@ -176,7 +176,8 @@ class Trainer:
 
     def _record(self, step: int, values, begin: float, checkpoints: CheckpointStore) -> dict:
         """One line of metrics.jsonl; waits for the device. Raises Diverged."""
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        # Numbers, and lists of them for what is told by source or position.
+        values = {name: value.tolist() for name, value in jax.device_get(values).items()}
         seconds = time.monotonic() - begin
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             checkpoints.wait()
