@@ -85,7 +85,7 @@ class Trainer:
         self._run = opened.run
         self._progress = progress
         self._placement = placement
-        self._skeleton = Skeleton(config.model)
+        self._skeleton = Skeleton(config.model, config.tuning)
         self._optimizer = Optimizer(config, self._skeleton.axes)
         parts = (config, self._skeleton, self._optimizer, placement)
         self._train_step = processes.Together(make_train_step(*parts))

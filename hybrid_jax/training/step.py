@@ -49,15 +49,17 @@ def make_train_step(
     live = None if placement is None else shardings(skeleton, optimizer, placement)
 
     def train_step(state: TrainState, batch: Batch):
-        def loss(params, part, share):
+        learns, others = optimizer.split(state.params)
+
+        def loss(learns, part, share):
             total, metrics, nll_BT = _loss(
-                config, skeleton, placement, objective, params, part, share
+                config, skeleton, placement, objective, others | learns, part, share
             )
             return total, metrics | breakdown.sums(part, nll_BT, num_sources)
 
-        gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
+        gradients, metrics = _accumulated(loss, learns, batch, config.accumulate)
         if live is not None:
-            gradients = jax.lax.with_sharding_constraint(gradients, live.params)
+            gradients = jax.lax.with_sharding_constraint(gradients, optimizer.split(live.params)[0])
         params, optimizer_state, norm = optimizer.update(
             state.params, gradients, state.optimizer, state.step
         )

@@ -67,10 +67,10 @@ class MixtureOfExperts(nnx.Module):
         self.router = init.matrix((dim, E), (Logical.MODEL, Logical.EXPERTS), jnp.float32)
         if isinstance(spec.router, layers.SigmoidTopK):
             self.correction_bias = init.zeros((E,), (Logical.EXPERTS,), jnp.float32)
-        axes = (Logical.EXPERTS, Logical.MODEL, Logical.PARTS, Logical.FFN)
-        self.gate_up = init.matrix((E, dim, 2, F), axes, deep=True)
-        axes = (Logical.EXPERTS, Logical.FFN, Logical.MODEL)
-        self.down = init.matrix((E, F, dim), axes, deep=True)
+        axes = (Logical.MODEL, Logical.PARTS, Logical.FFN)
+        self.gate_up = init.matrix((E, dim, 2, F), (Logical.EXPERTS, *axes), deep=True)
+        axes_down = (Logical.EXPERTS, Logical.FFN, Logical.MODEL)
+        self.down = init.matrix((E, F, dim), axes_down, deep=True)
         if spec.shared is not None:
             self.shared = SharedSwiGlu(init, spec.shared, dim)
 
