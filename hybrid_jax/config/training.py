@@ -6,7 +6,12 @@ import functools
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config.checks import check_at_least, check_fraction
 from hybrid_jax.config.data import Data
+from hybrid_jax.config.optimizer import AdamW, Muon, Optimizer
 from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.start import Start
+from hybrid_jax.config.tuning import Frozen, Full, LoRA, Tuning
+
+__all__ = ["AdamW", "Frozen", "Full", "LoRA", "Muon", "Start"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,37 +116,6 @@ class Schedule:
         check_at_least(self, 0, "warmup_steps")
 
 
-MOMENTS = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW with clipping of the global gradient norm; arithmetic is float32."""
-
-    b1: float = 0.9
-    """Decay of the first moment (MiniMax-01 report, section 4.2)."""
-    b2: float = 0.95
-    """Decay of the second moment (same place)."""
-    eps: float = 1e-8
-    """Added to the root of the second moment; RL of M1 needed 1e-15."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms, biases and vectors are never decayed."""
-    clip_norm: float | None = 1.0
-    """Largest global gradient norm; None clips nothing."""
-    moments: str = "float32"
-    """How both moments are kept: float32, or bfloat16 at 4 bytes a parameter less (as DeepSeek-V3
-    was trained, arXiv 2412.19437, section 3.3.3)."""
-
-    def __post_init__(self):
-        if self.moments not in MOMENTS:
-            raise ValueError(f"AdamW.moments must be one of {MOMENTS}; got {self.moments!r}.")
-        check_fraction(self, "b1")
-        check_fraction(self, "b2")
-        check_at_least(self, 0, "eps", "weight_decay")
-        if self.clip_norm is not None:
-            check_at_least(self, 0, "clip_norm", strict=True)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportBalance:
     """The balance loss of the MiniMax-01 report: coefficient * (1/E) * sum of f_i * m_i."""
@@ -242,8 +216,12 @@ class TrainConfig:
     """Larger batches later on, of more rounds in proportion (MiniMax-01 report, section 4.2)."""
     schedule: Schedule = Schedule()
     """Learning rate by step."""
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
     """How gradients become updates."""
+    tuning: Tuning = dataclasses.field(default_factory=Full)
+    """Which part of the model learns."""
+    start: Start | None = None
+    """What it begins with; None: random weights."""
     loss: Loss = Loss()
     """What is minimised."""
     checkpoints: Checkpoints = Checkpoints()

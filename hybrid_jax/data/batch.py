@@ -29,9 +29,9 @@ class Batch(NamedTuple):
 def stack(rows) -> Batch:
     """Rows of length T as one batch [B, T]."""
     columns = zip(*rows, strict=True)
-    return Batch(*(None if column[0] is None else np.stack(column) for column in columns))
+    return Batch._make(None if column[0] is None else np.stack(column) for column in columns)
 
 
 def empty_like(row: Batch) -> Batch:
     """A row of padding alone."""
-    return Batch(*(None if column is None else np.zeros_like(column) for column in row))
+    return Batch._make(None if column is None else np.zeros_like(column) for column in row)

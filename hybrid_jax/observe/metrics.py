@@ -20,7 +20,7 @@ class MetricsFile:
         self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, record: dict) -> None:
-        """Write {"step": ..., name: number, ...}; a number that is not finite becomes null."""
+        """Write {"step": ..., name: number or list, ...}; a number not finite becomes null."""
         self._file.write(_line(record))
         self._file.flush()
 
@@ -69,8 +69,11 @@ def _parse(line: str) -> dict | None:
 
 
 def _line(record: dict) -> str:
-    safe = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
+    safe = {name: _finite(value) for name, value in record.items()}
     return json.dumps(safe, allow_nan=False) + "\n"
+
+
+def _finite(value):
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -78,8 +78,9 @@ def _train(
             shape, jnp.float32 if name in numbers else jnp.int32, sharding=rows
         )
         for name in kind._fields
+        if name != "sources_BT"
     }
-    batch = kind(**fields)
+    batch = kind(**fields, sources_BT=None)
     tokens = request.batch * request.seq
     return Built(
         step.make_train_step(run, skeleton, updates, placement, objective),

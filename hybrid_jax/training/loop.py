@@ -84,7 +84,7 @@ class Trainer:
         self._run = opened.run
         self._progress = progress
         self._placement = placement
-        self._skeleton = Skeleton(config.model)
+        self._skeleton = Skeleton(config.model, config.tuning)
         self._optimizer = Optimizer(config, self._skeleton.axes)
         parts = (config, self._skeleton, self._optimizer, placement)
         self._train_step = processes.Together(make_train_step(*parts))
@@ -163,7 +163,8 @@ class Trainer:
 
     def _record(self, step: int, values, begin: float, checkpoints: CheckpointStore) -> dict:
         """One line of metrics.jsonl; waits for the device. Raises Diverged."""
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        # Numbers, and lists of them for what is told by source or position.
+        values = {name: value.tolist() for name, value in jax.device_get(values).items()}
         seconds = time.monotonic() - begin
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             checkpoints.wait()

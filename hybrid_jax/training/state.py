@@ -36,11 +36,12 @@ def initial_state(
     """The state before the first update, with parameters drawn from `config.seed`."""
     if placement is None:
         params = skeleton.named(model_lib.build(config.model, config.seed))
+        params = skeleton.with_adapters(params, config.seed)
         return place(TrainState(jnp.int32(0), params, optimizer.init(params)))
 
     def draw():
         model = model_lib.Model(config.model, jax.random.key(config.seed))
-        params = skeleton.named(model)
+        params = skeleton.with_adapters(skeleton.named(model), config.seed)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     # Every device draws its own part: no device ever holds the whole.

@@ -35,6 +35,14 @@ def small_model(num_kv_heads: int = 1, **changes) -> model.ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
+def dense_model(**changes) -> model.ModelConfig:
+    """One layer of softmax attention and a dense feed-forward: what compiles fastest."""
+    config = small_model()
+    layer = dataclasses.replace(config.layers[1], ffn=layers.DenseFfn(hidden_dim=32))
+    pattern = (model.Run(layer=layer, count=1),)
+    return dataclasses.replace(config, pattern=pattern, repeats=1, **changes)
+
+
 def small_run(path="unused", **changes) -> t.TrainConfig:
     """Eight steps of four windows of 32 tokens."""
     config = t.TrainConfig(
