@@ -87,7 +87,9 @@ class Trainer:
         self._skeleton = Skeleton(config.model, config.tuning)
         self._optimizer = Optimizer(config, self._skeleton.axes)
         parts = (config, self._skeleton, self._optimizer, placement)
-        self._train_step = processes.Together(make_train_step(*parts))
+        self._train_step = processes.Together(
+            make_train_step(*parts, num_sources=len(opened.parts))
+        )
         self._evaluation_step = processes.Together(
             make_evaluation_step(config, self._skeleton, placement)
         )

@@ -115,16 +115,22 @@ def resume(config: TrainConfig, path):
 
 def store_config(run: RunDirectory, config: TrainConfig) -> None:
     """Write RUN/config.yaml, whole or not at all."""
-    beside = run.config.with_name("config.yaml.new")
+    beside = _draft(run.config)
     text.write_yaml(config, beside)
     beside.replace(run.config)
+
+
+def _draft(file: pathlib.Path) -> pathlib.Path:
+    """As it is called until it is whole."""
+    return file.with_name(f"{file.name}.new")
 
 
 def _check_free(run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise FileExistsError(f"{run.path} is a file; choose a directory with --out.")
-    # A process that was killed at once leaves its lock, which nobody holds then.
-    if run.path.exists() and any(path != run.lock for path in run.path.iterdir()):
+    # A process that was killed at once leaves its lock, which nobody holds then, and a draft.
+    left = {run.lock, _draft(run.config)}
+    if run.path.exists() and set(run.path.iterdir()) - left:
         raise FileExistsError(
             f"{run.path} already holds a run or other files. Continue it with --resume, or choose "
             "another directory with --out."
@@ -157,8 +163,7 @@ def _take_back(run: RunDirectory, made: list[pathlib.Path]) -> None:
     shutil.rmtree(run.tokens, ignore_errors=True)
     for file in (run.config, run.tokenizer, run.lock):
         file.unlink(missing_ok=True)
-        # As it is called until it is whole.
-        file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+        _draft(file).unlink(missing_ok=True)
     atomic.unmake(made)
 
 

@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 import hybrid_jax
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import convert, leaves
+from hybrid_jax.checkpoint import convert, digests, leaves, manifest
 from hybrid_jax.config import recipes, text
 from hybrid_jax.config.data import Source
 from hybrid_jax.config.model import ModelConfig
@@ -164,12 +164,14 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 
 def test_a_training_run_is_loaded_and_exported(tmp_path):
     recipe = recipes.of_preset("nano", (Source(path="text"),))
-    model = _random(recipe.model, seed=1)
+    model, other = (_random(recipe.model, seed=seed) for seed in (1, 2))
     run = tmp_path / "run"
-    with ocp.training.Checkpointer(run / "checkpoints") as checkpoints:
-        for step, params in ((9, model), (10, _random(recipe.model, seed=2)), (11, model)):
-            trees = {"params": leaves.arrays(params), "optimizer": {"m": jnp.ones(3)}}
-            checkpoints.save_checkpointables(step, trees)
+    for step, stored in ((9, model), (10, other), (11, model)):
+        params = leaves.arrays(stored)
+        place = run / "checkpoints" / str(step)
+        ocp.save_checkpointables(place, {"params": params, "optimizer": {"m": jnp.ones(3)}})
+        held = digests.hold({f"params/{name}": array for name, array in params.items()})
+        manifest.write(place, digests.describe(held))
     text.write_yaml(recipe, run / "config.yaml")
     (run / "tokenizer.json").write_text("{}")
     _same(model, hybrid_jax.load(run))
@@ -177,6 +179,22 @@ def test_a_training_run_is_loaded_and_exported(tmp_path):
         convert(run, tmp_path / format, format)
         _same(model, hybrid_jax.load(tmp_path / format))
         assert (tmp_path / format / "tokenizer.json").exists()
+    # One that was not finished is not looked at, one that is damaged is named.
+    (run / "checkpoints" / "12").mkdir()
+    (place / "extra").touch()
+    with pytest.warns(UserWarning, match=r"11 is not what was written: extra.*Taking step 10"):
+        _same(other, hybrid_jax.load(run))
+    # Files that agree with their checksums, and arrays that do not: written so.
+    place = run / "checkpoints" / "10"
+    written = manifest.read(place)
+    (place / manifest.NAME).unlink()
+    changed = manifest.read(run / "checkpoints" / "9").arrays["params/embedding.table"]
+    manifest.write(place, written.arrays | {"params/embedding.table": changed})
+    with (
+        pytest.warns(UserWarning, match="Taking step 10"),
+        pytest.raises(ValueError, match=r"/10: .*embedding\.table has other contents"),
+    ):
+        hybrid_jax.load(run)
 
 
 def test_sidecars_travel_with_a_saved_model(tmp_path):

@@ -1,23 +1,25 @@
-"""The parameters of a training run: the newest step under RUN/checkpoints, by our own paths."""
+"""The parameters of a training run: its newest good checkpoint, by our own paths."""
 
 import pathlib
+import warnings
 
 import numpy as np
 
+from hybrid_jax.checkpoint import digests, manifest
 from hybrid_jax.checkpoint.formats import protocol
 
 CHECKPOINTS, ITEM = "checkpoints", "params"
 
 
 class TrainingRun:
-    """Parameters of the newest whole checkpoint of a run; the optimiser's state is left alone."""
+    """Parameters of the newest good checkpoint of a run; the optimiser's state is not loaded.
+
+    All files are verified first, every parameter as it is read. A checkpoint that is damaged is
+    passed over with a warning.
+    """
 
     def __init__(self, directory):
-        steps = _steps(pathlib.Path(directory))
-        if not steps:
-            raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
-        self.step = steps[-1]
-        self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
+        self.path, self._manifest = _newest_good(pathlib.Path(directory))
         self._orbax = _orbax()
         try:
             stored = dict(self._orbax.metadata(self.path, ITEM).metadata)
@@ -33,10 +35,16 @@ class TrainingRun:
         context.pytree.loading.partial_load = True
         try:
             with context:
-                return np.asarray(self._orbax.load_checkpointables(self.path, target)[ITEM][name])
+                array = np.asarray(self._orbax.load_checkpointables(self.path, target)[ITEM][name])
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.
             raise ValueError(f"{self.path}: {name!r} cannot be read: {error!r:.500}") from error
+        bound = f"{ITEM}/{name}"
+        try:
+            digests.check_whole(bound, self._manifest.arrays[bound], array)
+        except (KeyError, manifest.Damaged) as error:
+            raise manifest.Damaged(f"{self.path}: {error}") from error
+        return array
 
     def read_many(self, names):
         """The named parameters one after the other."""
@@ -57,10 +65,27 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
-    # An unfinished step has a longer name until one rename gives it this one.
-    found = (directory / CHECKPOINTS).iterdir()
-    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+def _newest_good(directory: pathlib.Path) -> tuple[pathlib.Path, manifest.Manifest]:
+    # An unfinished step has a longer name until one rename gives it this one, and no manifest.
+    found = [
+        path
+        for path in (directory / CHECKPOINTS).iterdir()
+        if path.name.isdigit() and (path / manifest.NAME).is_file()
+    ]
+    if not found:
+        raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
+    problems = []
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
+        path = path.absolute()
+        try:
+            whole = manifest.verify(path, name=path.name)
+        except manifest.Damaged as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem} Taking step {path.name}.", stacklevel=2)
+        return path, whole
+    raise ValueError(f"{directory} has no good checkpoint: {' '.join(problems)}")
 
 
 def _info(name, entry, path) -> protocol.TensorInfo:
