@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import logging
 import os
 import resource
