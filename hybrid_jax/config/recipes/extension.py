@@ -88,7 +88,8 @@ def stage(which: Stage, family: str, number: int) -> Recipe:
 
 def _buckets(sources: tuple[Source, ...], which: Stage, length_ratio: float) -> tuple[Source, ...]:
     """Each source by document length; one called long-qa comes in at the end as it is."""
-    borders = [max(2, round(border * length_ratio)) for border in _BORDERS]
+    # At any budget there are short documents, of two tokens at least.
+    borders = [max(4 << idx, round(b * length_ratio)) for idx, b in enumerate(_BORDERS)]
     limits = ((1, borders[0] - 1), (borders[0], borders[1]), (borders[1] + 1, None))
     made = []
     for source in sources:
