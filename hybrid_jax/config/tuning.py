@@ -52,5 +52,10 @@ class LoRA:
         if not self.targets:
             raise ValueError("LoRA.targets must hold at least one glob; got none.")
 
+    @property
+    def scale(self) -> float:
+        """How often the product counts."""
+        return self.alpha / self.rank
+
 
 Tuning = Full | Frozen | LoRA

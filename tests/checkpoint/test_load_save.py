@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 import hybrid_jax
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import convert, leaves
+from hybrid_jax.checkpoint import convert, leaves, manifest
 from hybrid_jax.config import recipes, text
 from hybrid_jax.config.model import ModelConfig
 from tests.checkpoint import published
@@ -166,12 +167,22 @@ def test_a_training_run_is_loaded_and_exported(tmp_path):
     model = _random(recipe.model, seed=1)
     run = tmp_path / "run"
     with ocp.training.Checkpointer(run / "checkpoints") as checkpoints:
-        for step, params in ((9, model), (10, _random(recipe.model, seed=2)), (11, model)):
+        # The step before last counts: the last is damaged below.
+        for step, seed in ((9, 2), (10, 1), (11, 3)):
+            params = _random(recipe.model, seed)
             trees = {"params": leaves.arrays(params), "optimizer": {"m": jnp.ones(3)}}
             checkpoints.save_checkpointables(step, trees)
+            manifest.write(run / "checkpoints" / str(step))
     text.write_yaml(recipe, run / "config.yaml")
     (run / "tokenizer.json").write_text("{}")
-    _same(model, hybrid_jax.load(run))
+    _same(_random(recipe.model, seed=3), hybrid_jax.load(run))
+    (run / "checkpoints" / "11" / "_CHECKPOINT_METADATA").write_text("{}")
+    (run / "checkpoints" / "12").mkdir()
+    said = r"12 has no manifest.*Step 10 is taken instead|11 is not what was written.*Step 10"
+    with pytest.warns(UserWarning, match=said):
+        _same(model, hybrid_jax.load(run))
+    for step in ("11", "12"):
+        shutil.rmtree(run / "checkpoints" / step)
     for format in FORMATS:
         convert(run, tmp_path / format, format)
         _same(model, hybrid_jax.load(tmp_path / format))

@@ -1,22 +1,25 @@
-"""The parameters of a training run: the newest step under RUN/checkpoints, by our own paths."""
+"""The parameters of a training run: a good step under RUN/checkpoints, by our own paths."""
 
 import pathlib
+import warnings
 
 import numpy as np
 
+from hybrid_jax.checkpoint import manifest
 from hybrid_jax.checkpoint.formats import protocol
 
 CHECKPOINTS, ITEM = "checkpoints", "params"
 
 
 class TrainingRun:
-    """Parameters of the newest whole checkpoint of a run; the optimiser's state is left alone."""
+    """Parameters of one checkpoint of a run; the optimiser's state is left alone."""
 
-    def __init__(self, directory):
-        steps = _steps(pathlib.Path(directory))
-        if not steps:
-            raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
-        self.step = steps[-1]
+    def __init__(self, directory, step: int | None = None):
+        """Of `step`, or of the newest that is as it was written: others are named in a warning.
+
+        Raises ValueError if there is none, or `step` is damaged, unfinished or not there.
+        """
+        self.step = _good_step(pathlib.Path(directory), step)
         self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
         try:
@@ -57,10 +60,25 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
-    # An unfinished step has a longer name until one rename gives it this one.
+def _good_step(directory: pathlib.Path, step: int | None) -> int:
+    """Its files are held against their checksums."""
     found = (directory / CHECKPOINTS).iterdir()
-    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    steps = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    if not steps:
+        raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
+    if step not in (None, *steps):
+        raise ValueError(f"{directory} has no checkpoint of step {step}; it has {steps}.")
+    problems = []
+    for each in reversed(steps) if step is None else (step,):
+        try:
+            manifest.verify(directory / CHECKPOINTS / str(each))
+        except (manifest.Damaged, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem} Step {each} is taken instead.", stacklevel=2)
+        return each
+    raise ValueError(f"{directory} has no good checkpoint: {' '.join(problems)}")
 
 
 def _info(name, entry, path) -> protocol.TensorInfo:
