@@ -24,7 +24,8 @@ class Frozen:
     """What does not; all else learns."""
 
     def __post_init__(self):
-        if bool(self.train) == bool(self.freeze):
+        # With neither it is a half-made value, as a command line has it before its globs are read.
+        if self.train and self.freeze:
             raise ValueError(
                 "Frozen needs globs in train or in freeze, and not in both; got "
                 f"train={self.train!r}, freeze={self.freeze!r}."

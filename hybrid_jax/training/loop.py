@@ -157,7 +157,7 @@ class Trainer:
     def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
         parts = (self._config, self._skeleton, self._optimizer, self._placement)
         if checkpoints.latest_step is None and self._config.start is not None:
-            state, origin = starting.begin(*parts, self._progress.note)
+            state, origin = starting.begin(*parts, self._progress.note, self._run.tokenizer)
             if processes.is_first():
                 origin.write(self._run.origin)
             return state

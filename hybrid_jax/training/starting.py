@@ -46,8 +46,12 @@ def begin(
     optimizer: Optimizer,
     placement: Placement | None,
     note: Callable[[str], None],
+    tokenizer: pathlib.Path | None = None,
 ) -> tuple[TrainState, Origin]:
     """The state before the first update with the parameters that `config.start` names.
+
+    `note` is told what they are, how the model differs, and if `tokenizer`, the file of this run,
+    is not the one that lies beside them.
 
     Each process reads one parameter after the other and keeps what its devices hold. Raises
     ValueError, listing every difference, if names or shapes are not those of this model; ValueError
@@ -65,7 +69,17 @@ def begin(
     else:
         state = state_from(params, config, skeleton, optimizer, placement)
     note(_describe(origin))
+    other = pathlib.Path(start.path) / "tokenizer.json"
+    if tokenizer is not None and _differ(tokenizer, other):
+        note(
+            f"{other} is not the tokenizer of this run, whose numbers may mean other words to these "
+            f"weights. A new run takes it with --data.tokenizer {other}"
+        )
     return state, origin
+
+
+def _differ(one: pathlib.Path, other: pathlib.Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()
 
 
 def _read(config: TrainConfig, start: Start, skeleton: Skeleton, placement) -> tuple[Named, Origin]:

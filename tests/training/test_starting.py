@@ -122,7 +122,11 @@ def test_a_fine_tuned_run_needs_its_origin_once_and_resumes_exactly(base_config,
     tuning = t.LoRA(rank=2, targets=("*.mixer.*",))
     changes = {"steps": 4, "checkpoints": t.Checkpoints(every=2, keep=3)}
     config = from_run(base_config, origin, tuning=tuning, **changes)
-    small.train(config, tmp_path / "run", stream=io.StringIO())
+    (origin / "tokenizer.json").write_text("{}")
+    stream = io.StringIO()
+    small.train(config, tmp_path / "run", stream=stream)
+    said = " ".join(stream.getvalue().split())
+    assert "is not the tokenizer of this run" in said
     kept = json.loads((tmp_path / "run" / "start.json").read_text())
     assert kept["path"] == str(origin) and kept["step"] == 2 and kept["differences"] == []
     whole = stored(config, tmp_path / "run")
