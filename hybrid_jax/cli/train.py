@@ -12,6 +12,7 @@ import tyro
 from hybrid_jax.config import presets, recipes, text
 from hybrid_jax.config.data import parse_sources
 from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.start import Start
 from hybrid_jax.config.training import TrainConfig
 
 
@@ -39,6 +40,9 @@ class Source:
     out, all devices are on fsdp."""
     rules: str | None = None
     """What is split over the axes: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
+    start_from: str | None = None
+    """Begin with the weights of this run or checkpoint. The same as --start.path; --start.step and
+    --start.moments then say more."""
     resume: bool = False
     """Continue the run in OUT from its newest checkpoint; only --steps, --mesh and --rules may
     differ from before."""
@@ -163,6 +167,10 @@ def _source(argv: list[str], asks_help: bool) -> Source:
 def _base(source: Source, asks_help: bool) -> TrainConfig:
     """The configuration that single options change."""
     base = _stored(source, asks_help)
+    if source.start_from is not None:
+        old_start = base.start or Start(path=source.start_from)
+        start = dataclasses.replace(old_start, path=source.start_from)
+        base = dataclasses.replace(base, start=start)
     if source.mesh is None and source.rules is None:
         return base
     # As without options: all devices on fsdp.

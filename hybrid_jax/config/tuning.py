@@ -24,7 +24,8 @@ class Frozen:
     """What does not; all else learns."""
 
     def __post_init__(self):
-        if bool(self.train) == bool(self.freeze):
+        # With neither it is a half-made value, as a command line has it before its globs are read.
+        if self.train and self.freeze:
             raise ValueError(
                 "Frozen needs globs in train or in freeze, and not in both; got "
                 f"train={self.train!r}, freeze={self.freeze!r}."
@@ -51,6 +52,11 @@ class LoRA:
         check_at_least(self, 0, "alpha", strict=True)
         if not self.targets:
             raise ValueError("LoRA.targets must hold at least one glob; got none.")
+
+    @property
+    def scale(self) -> float:
+        """How often the product counts."""
+        return self.alpha / self.rank
 
 
 Tuning = Full | Frozen | LoRA

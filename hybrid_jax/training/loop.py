@@ -12,7 +12,7 @@ import jax
 from hybrid_jax import observe
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.model.parallel.placement import Placement
-from hybrid_jax.training import placing
+from hybrid_jax.training import placing, starting
 from hybrid_jax.training import run as run_lib
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.evaluate import Heldout
@@ -144,8 +144,14 @@ class Trainer:
         return observe.MetricsFile(self._run.metrics, keep_until_step=step)
 
     def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
+        parts = (self._config, self._skeleton, self._optimizer, self._placement)
+        if checkpoints.latest_step is None and self._config.start is not None:
+            state, origin = starting.begin(*parts, self._progress.note, self._run.tokenizer)
+            if processes.is_first():
+                origin.write(self._run.origin)
+            return state
         if checkpoints.latest_step is None:
-            return initial_state(self._config, self._skeleton, self._optimizer, self._placement)
+            return initial_state(*parts)
         abstract = abstract_state(self._skeleton, self._optimizer, self._placement)
         restored = checkpoints.restore(abstract)
         if restored.fingerprint != self._fingerprint:

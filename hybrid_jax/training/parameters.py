@@ -47,7 +47,7 @@ class Skeleton:
         self._scale = 0.0
         self._adapters: dict[str, lowrank.Parts] = {}
         if isinstance(tuning, tuning_config.LoRA):
-            self._scale = tuning.alpha / tuning.rank
+            self._scale = tuning.scale
             for name in tuning_lib.adapted(tuning, self.axes):
                 self._adapt(name, tuning.rank)
 

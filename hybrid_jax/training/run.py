@@ -46,6 +46,10 @@ class RunDirectory:
         return self.path / "tokens"
 
     @property
+    def origin(self) -> pathlib.Path:
+        return self.path / "start.json"
+
+    @property
     def lock(self) -> pathlib.Path:
         return self.path / ".lock"
 
@@ -53,7 +57,7 @@ class RunDirectory:
     def contents(self) -> tuple[pathlib.Path, ...]:
         """All that a run makes."""
         stored = (self.config, self.metrics, self.checkpoints, self.curve, self.tokenizer)
-        return (*stored, self.tokens, self.lock)
+        return (*stored, self.tokens, self.origin, self.lock)
 
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
@@ -161,7 +165,7 @@ def _locked(run: RunDirectory):
 def _take_back(run: RunDirectory, made: list[pathlib.Path]) -> None:
     """Remove what `begin` and `prepare_tokens` made, and nothing else."""
     shutil.rmtree(run.tokens, ignore_errors=True)
-    for file in (run.config, run.tokenizer, run.lock):
+    for file in (run.config, run.tokenizer, run.origin, run.lock):
         file.unlink(missing_ok=True)
         _draft(file).unlink(missing_ok=True)
     atomic.unmake(made)

@@ -23,6 +23,8 @@ def trained(tuning: config_lib.Tuning, axes: Axes) -> frozenset[str]:
         return frozenset(name for name in axes if name.endswith((lowrank.A, lowrank.B)))
     if tuning.train:
         return matching(tuning.train, axes, "Frozen.train")
+    if not tuning.freeze:
+        raise ValueError("Frozen freezes nothing: give globs in tuning.train or tuning.freeze.")
     left = frozenset(axes) - matching(tuning.freeze, axes, "Frozen.freeze")
     if not left:
         raise ValueError(f"Frozen.freeze={tuning.freeze!r} leaves nothing to learn.")

@@ -37,7 +37,7 @@ def small_model(num_kv_heads: int = 1, **changes) -> model.ModelConfig:
 
 def dense_model(**changes) -> model.ModelConfig:
     """One layer of softmax attention and a dense feed-forward: what compiles fastest."""
-    config = small_model()
+    config = small_model(num_kv_heads=2)
     layer = dataclasses.replace(config.layers[1], ffn=layers.DenseFfn(hidden_dim=32))
     pattern = (model.Run(layer=layer, count=1),)
     return dataclasses.replace(config, pattern=pattern, repeats=1, **changes)

@@ -53,6 +53,21 @@ def test_kinds_are_chosen_by_name():
         parsed("--preset", "nano", "--data", "text", "--schedule.deca.kind", "Linear")
 
 
+def test_fine_tuning_is_a_matter_of_options():
+    config = parsed(
+        *("--preset", "nano", "--data", "text", "--start-from", "RUN", "--start.step", "3"),
+        *("--tuning.kind", "LoRA", "--tuning.rank", "4", "--tuning.targets", "*.q", "*.v"),
+        *("--optimizer.kind", "Muon", "--model.initialization.kind", "DeepNorm"),
+    )
+    assert config.start == t.Start(path="RUN", step=3)
+    assert config.tuning == t.LoRA(rank=4, targets=("*.q", "*.v"))
+    assert config.optimizer == t.Muon()
+    assert config.model.initialization.gain(2) == 0.5
+    frozen = ("--tuning.kind", "Frozen", "--tuning.train", "*.ffn.*")
+    config = parsed("--preset", "nano", "--data", "text", *frozen)
+    assert config.tuning == t.Frozen(train=("*.ffn.*",)) and config.start is None
+
+
 def test_a_file_is_the_default_that_options_change(tmp_path):
     config = small.small_run("text")
     text.write_yaml(config, tmp_path / "config.yaml")

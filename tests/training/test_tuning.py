@@ -94,7 +94,9 @@ def test_globs_choose_by_name_and_say_what_there_is():
     with pytest.raises(ValueError, match="leaves nothing to learn"):
         trained(t.Frozen(freeze=("*",)))
     with pytest.raises(ValueError, match=r"train or in freeze, and not in both"):
-        t.Frozen()
+        t.Frozen(train=("*",), freeze=("*",))
+    with pytest.raises(ValueError, match="Frozen freezes nothing"):
+        trained(t.Frozen())
     # A norm and the router are there, but may have no correction.
     with pytest.raises(ValueError, match=r"LoRA.targets: '\*norm\*' matches none"):
         Skeleton(model(0), t.LoRA(targets=("*norm*",)))
