@@ -17,6 +17,7 @@ _COMMANDS = {
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
+    "verify": "Say which checkpoints of a run are whole, and what is damaged.",
     "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
     "shard": "Say where every parameter would live on a mesh of devices.",
     "plan": "Compile a step for a pod that is not here: does it fit, how fast will it be?",

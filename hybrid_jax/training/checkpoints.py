@@ -5,7 +5,7 @@ metadata the position in the data, and a manifest of checksums (`checkpoint.mani
 the directory appear by one rename; the manifest comes last, so a directory without one is
 unfinished and one that its manifest does not fit is damaged: neither is ever restored, nor counted
 as one to keep. With several processes each writes and reads the parts of its devices, and they
-share the hashing of files; all take part in every call, and an error of one is raised in all.
+share the hashing of files; all take part in every call, and what one finds damaged is so for all.
 """
 
 import concurrent.futures
@@ -101,20 +101,14 @@ class CheckpointStore:
         self._writing = self._finisher.submit(self._finish, step, response, held, self._begun)
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises OSError if something could not be written."""
+        """Return when everything is on disk. Raises OSError if something could not be written.
+
+        This process's part of it: only the first one writes the manifest, by which it counts.
+        """
         writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        problem = None
-        try:
+        if writing is not None:
             with self._explained():
-                step = writing.result()
-        except OSError as error:
-            problem = error
-        said = [text for text in processes.gather(str(problem or "")) if text]
-        if said:
-            raise problem or OSError(said[0])
-        self._latest = step
+                self._latest = writing.result()
 
     def _finish(self, step: int, response, held, number: int) -> int:
         """Until all is on disk; beside the training."""
@@ -127,6 +121,7 @@ class CheckpointStore:
             # Whatever happens here, Orbax writes on, and the next save must find it done.
             response.result()
         faults.reach("written")
+        self._bad.discard(step)
         if jax.process_count() > 1:
             files = manifest.hash_files(path, jax.process_index(), jax.process_count())
             if not processes.is_first():
@@ -135,7 +130,6 @@ class CheckpointStore:
             manifest.write(path, *shares.collect(self._directory, number, arrays, files))
         else:
             manifest.write(path, arrays)
-        self._bad.discard(step)
         self._retain(step)
         return step
 
