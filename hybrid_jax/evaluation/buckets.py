@@ -11,7 +11,7 @@ class Bucket(NamedTuple):
     first: int
     last: int
     mean: float
-    count: int
+    size: int
 
 
 def by_power_of_two(numbers: np.ndarray, values: np.ndarray) -> list[Bucket]:

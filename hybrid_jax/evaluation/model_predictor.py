@@ -6,7 +6,7 @@ The logits of a chunk never exist at one time, and those of a row even less.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,10 @@ class ModelPredictor:
         self._capacity = 0 if longest is None else _power_of_two(longest)
 
     def score(
-        self, tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray], tick: Tick = silent
+        self, tokens: Iterable[np.ndarray], targets: Iterable[np.ndarray], tick: Tick = silent
     ) -> list[Scored]:
         """See `evaluation.Predictor`. Raises ValueError for ids outside the vocabulary."""
+        tokens, targets = list(tokens), list(targets)
         self._check(tokens)
         self._check(targets)
         lengths = [len(row) for row in tokens]
@@ -66,7 +67,7 @@ class ModelPredictor:
 
     def generate(
         self,
-        prompts: Sequence[np.ndarray],
+        prompts: Iterable[np.ndarray],
         max_new_tokens: int,
         *,
         eos_id: int | None = None,
@@ -74,6 +75,7 @@ class ModelPredictor:
         **sampling,
     ) -> list[np.ndarray]:
         """See `evaluation.Predictor`. Raises what `inference.generate` does."""
+        prompts = list(prompts)
         lengths = [len(row) for row in prompts]
         found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
         for group in _by_length(lengths, self._batch_size):
@@ -131,7 +133,7 @@ class ModelPredictor:
 
 @functools.cache
 def make_score_step(config: ModelConfig, placement: Placement | None = None):
-    """A compiled (params, tokens_BC, targets_BC, state) -> (Scored with arrays [B, C], state).
+    """A compiled (params, tokens_BC, targets_BC, state) -> ((logprob_BC, best_BC), state).
 
     Continues every row by C tokens. `params` is what `flax.nnx.split` makes of the model; the old
     state is given up. The same function for the same arguments.
@@ -146,8 +148,8 @@ def make_score_step(config: ModelConfig, placement: Placement | None = None):
     return jax.jit(step, donate_argnames="state")
 
 
-def _scored(model: Model, x_BCD, targets_BC, placement: Placement | None) -> Scored:
-    """Log-probabilities of the targets and the most likely tokens, a few columns at a time."""
+def _scored(model: Model, x_BCD, targets_BC, placement: Placement | None):
+    """(log-probability of each target, most likely token), [B, C] each, a few columns at a time."""
     B, C, _ = x_BCD.shape
     width = max(1, min(C, _LOGIT_TOKENS // B))
     while C % width:
@@ -169,7 +171,7 @@ def _scored(model: Model, x_BCD, targets_BC, placement: Placement | None) -> Sco
         return picked_BX1[..., 0] - normaliser_BX, best_BX
 
     found = jax.lax.map(one, (cut(x_BCD), cut(targets_BC)))
-    return Scored(*(jnp.moveaxis(x, 0, 1).reshape(B, C) for x in found))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, C) for x in found)
 
 
 def _by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -43,15 +43,16 @@ def evaluate(
             }
         )
         positions = [
-            {"first": b.first, "last": b.last, "nats": b.mean, "tokens": b.count}
+            {"first": b.first, "last": b.last, "nats": b.mean, "tokens": b.size}
             for b in by_power_of_two(seen, nats)
         ]
     return {"lengths": lengths, "positions": positions}
 
 
 def num_rows(store: TokenStore, settings: Perplexity) -> int:
-    """Rows that `evaluate` will score in all, for a progress bar."""
+    """Rows that `evaluate` will score in all, for a progress bar; raises what it does."""
     store = shortened(store, settings.tokens)
+    _check_lengths(store, settings.lengths)
     return sum(
         int(row.segment_ids_BT.max())  # numbered from 1 in each window
         for length in settings.lengths
@@ -114,7 +115,8 @@ def _nats(predictor: Predictor, store: TokenStore, length: int, tick: Tick):
 
     def flush():
         if rows:
-            for scored in predictor.score(*zip(*rows), tick):
+            tokens, targets = zip(*rows, strict=True)
+            for scored in predictor.score(tokens, targets, tick):
                 seen.append(np.arange(1, len(scored.logprob_T) + 1))
                 nats.append(-scored.logprob_T)
             rows.clear()

@@ -24,7 +24,6 @@ def draw_perplexity(report: dict, path, *, title: str) -> None:
     )  # fmt: skip
     right.set(xlabel="tokens seen", title=f"within windows of {longest:,} tokens")
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
         _finish(axes)
     _save(figure, path)
 
@@ -49,7 +48,6 @@ def draw_recall(report: dict, path, *, title: str) -> None:
     right.set(xlabel="tokens back to the pair")
     right.legend(frameon=False)
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
         _finish(axes)
     _save(figure, path)
 
@@ -62,13 +60,17 @@ def draw_grid(cells: list[dict], path, *, row: str, columns: tuple[str, ...], ti
     width = 2.2 + 0.8 * len(lengths)
     figure = _figure(max(5.0, width * len(columns)), 1.8 + 0.5 * len(rows))
     for axes, score in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        shares = [[found[name, length][score] for length in lengths] for name in rows]
-        # Shares from red (0) to green (1); log-probabilities are shown as probabilities.
-        values = [[_share(score, value) for value in line] for line in shares]
-        axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        values = [[found[name, length][score] for length in lengths] for name in rows]
+        # From red (0) to green (1); a log-probability has the color of its probability.
+        shares = [[_share(score, value) for value in line] for line in values]
+        axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9)
+                dark = not 0.15 < shares[y][x] < 0.85
+                axes.text(
+                    x, y, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                    color="white" if dark else "black",
+                )  # fmt: skip
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(rows)), [f"{name:g}" for name in rows])
         axes.set(xlabel="length (tokens)", ylabel=row, title=_LABELS[score])
@@ -80,7 +82,7 @@ _LABELS = {
     "exact": "greedy answers right",
     "forced": "answer likeliest throughout",
     "tokens": "answer tokens likeliest",
-    "logprob": "probability of an answer token",
+    "logprob": "log-probability of an answer token",
 }
 
 
@@ -99,6 +101,9 @@ def _figure(width: float, height: float):
 
 
 def _finish(axes) -> None:
+    """A logarithmic axis of lengths, written out."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

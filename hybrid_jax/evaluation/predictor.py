@@ -3,11 +3,12 @@
 Evaluations know this protocol only, so that tests put a hand-made model in a real one's place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+Ids = Sequence[int] | np.ndarray
 Tick = Callable[[int], None]
 """Told how many more rows are done."""
 
@@ -31,13 +32,13 @@ class Predictor(Protocol):
     vocab_size: int
 
     def score(
-        self, tokens: Sequence[np.ndarray], targets: Sequence[np.ndarray], tick: Tick = silent
+        self, tokens: Iterable[np.ndarray], targets: Iterable[np.ndarray], tick: Tick = silent
     ) -> list[Scored]:
         """For each row of ids, how likely its targets are: target t after tokens 0 to t."""
 
     def generate(
         self,
-        prompts: Sequence[np.ndarray],
+        prompts: Iterable[np.ndarray],
         max_new_tokens: int,
         *,
         eos_id: int | None = None,
@@ -52,8 +53,8 @@ class Predictor(Protocol):
 
 def score_answers(
     predictor: Predictor,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    prompts: Iterable[Ids],
+    answers: Sequence[Ids],
     tick: Tick = silent,
 ) -> list[Scored]:
     """How likely each answer is after its prompt, token by token; arrays of the answer's length.

@@ -33,7 +33,7 @@ def evaluate(predictor: Predictor, settings: Recall, seed: int, tick: Tick = sil
                 "logprob": float(logprob.mean()),
                 "questions": int(asked_BT.sum()),
                 "distances": [
-                    {"first": b.first, "last": b.last, "recall": b.mean, "questions": b.count}
+                    {"first": b.first, "last": b.last, "recall": b.mean, "questions": b.size}
                     for b in buckets
                 ],
             }
