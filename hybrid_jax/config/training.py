@@ -3,6 +3,8 @@
 import dataclasses
 
 from hybrid_jax.config import model as model_lib
+from hybrid_jax.config.faults import Faults
+from hybrid_jax.config.observation import Observation
 from hybrid_jax.config.parallel import Parallel
 
 
@@ -233,6 +235,10 @@ class TrainConfig:
     """When the state is stored."""
     evaluation: Evaluation = Evaluation()
     """When the held-out loss is measured."""
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    """What happens when something goes wrong."""
+    observation: Observation = dataclasses.field(default_factory=Observation)
+    """What is shown beside the metrics."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     parallel: Parallel | None = None
