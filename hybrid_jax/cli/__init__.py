@@ -12,6 +12,7 @@ _HEAVY = ("train", "generate", "bench")
 # One module a command, imported when it is called, so that --help answers at once.
 _COMMANDS = {
     "train": "Train a preset on text; resume an interrupted run.",
+    "report": "Draw one run, or several side by side, into one HTML page.",
     "generate": "Continue a prompt with a checkpoint or a training run.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
@@ -80,6 +81,7 @@ def _usage() -> str:
             *rows,
             "",
             "`hybrid-jax COMMAND --help` tells every option. HYBRID_JAX_TRACEBACK=1 shows where an",
-            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input, 130 interrupted.",
+            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input, 130 interrupted;",
+            "75: start `train` again with --resume.",
         ]
     )

@@ -8,10 +8,9 @@ import time
 
 import jax
 
+from hybrid_jax.training.stop import START_AGAIN
 from sharding import processes
 
-# EX_TEMPFAIL of sysexits.h: what launchers start again.
-EXIT_CODE = 75
 # The descriptor itself: whatever stands in sys.stderr may be what hangs.
 _STDERR = 2
 # The file may lie on the very disk that hangs.
@@ -65,7 +64,7 @@ class Watchdog:
         words = (
             f"hang: {self._what} has not ended in time in process {jax.process_index()}. What each "
             f"thread was doing follows, and goes to {self._path}. This process ends with exit code "
-            f"{EXIT_CODE}; continue with --resume. If it was only slow, raise "
+            f"{START_AGAIN}; continue with --resume. If it was only slow, raise "
             "--faults.hang-seconds or --faults.slow-seconds."
         )
         os.write(_STDERR, f"{words}\n".encode())
@@ -73,7 +72,7 @@ class Watchdog:
         writer = threading.Thread(target=self._write, args=(words,), daemon=True)
         writer.start()
         writer.join(_SECONDS_TO_WRITE)
-        os._exit(EXIT_CODE)
+        os._exit(START_AGAIN)
 
     def _write(self, words: str) -> None:
         try:

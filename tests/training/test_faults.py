@@ -23,9 +23,9 @@ from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import initial_state
 from hybrid_jax.training.step import make_train_step
 from tests.training import small
-from tests.training.test_resume import assert_same_run, compiled_once, everything
+from tests.training.test_resume import assert_same_run, everything
 
-__all__ = ["compiled_once"]  # a fixture of every test here
+pytestmark = pytest.mark.usefixtures("compiled_once")
 INFINITE = np.float32(np.inf)
 
 

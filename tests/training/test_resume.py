@@ -25,23 +25,8 @@ from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import abstract_state
 from tests.training import small
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run here compiles the same programs: keep them on disk, for other processes too."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
