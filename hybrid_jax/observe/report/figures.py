@@ -10,6 +10,8 @@ from hybrid_jax.observe.report.recorded import Curve
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito); the run's own in every figure.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Inches, at which text of ten points is readable on a telephone too.
+_WIDTH, _HEIGHT = 5.2, 3.0
 # More points than pixels only make the page heavy.
 MAX_POINTS = 800
 # Of which a legend still helps.
@@ -60,7 +62,7 @@ def draw(
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for line in lines:
@@ -68,15 +70,14 @@ def draw(
         if marks:
             axes.plot(marks, [0.015] * len(marks), "|", color="#b00020", markersize=9,
                       transform=axes.get_xaxis_transform(), label="update skipped")  # fmt: skip
-        positive = all(value > 0 for line in lines for value in line.curve[1])
         axes.set(xlabel="step", ylabel=ylabel)
-        if is_logarithmic and positive:
+        if is_logarithmic and all(value > 0 for line in lines for value in line.curve[1]):
             axes.set_yscale("log")
-        elif max((max(map(abs, line.curve[1]), default=0) for line in lines), default=0) >= 1e4:
-            axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.yaxis.set_major_formatter(lambda value, _: _short(value))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        _legend(axes)
+        _legend(figure, axes)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(written.getvalue())
@@ -108,21 +109,26 @@ def _draw_line(axes, line: Line) -> None:
         axes.plot(steps, values, linewidth=1.4, label=line.label, **style)
 
 
-def _legend(axes) -> None:
+def _legend(figure, axes) -> None:
+    """Above the curves, where it hides none."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > _MAX_LABELS:
         # Of many, which are shaded in order, the ends say enough.
         handles, labels = [handles[0], handles[-1]], [labels[0], f"... {labels[-1]}"]
-    if len(handles) > 1:
-        axes.legend(handles, labels, frameon=False, fontsize="small")
+    if len(handles) < 2:
+        return
+    short = [label if len(label) < 48 else f"{label[:22]} ... {label[-22:]}" for label in labels]
+    # Room of its own, or many runs would leave the curves none.
+    figure.set_size_inches(_WIDTH, _HEIGHT + 0.16 * len(labels))
+    figure.legend(handles, short, frameon=False, fontsize="small", loc="outside upper left")
 
 
 def _short(value: float) -> str:
-    """12000 as 12k, 3400000 as 3.4M."""
+    """12000 as 12k, 3400000 as 3.4M; small numbers as they are."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+            return f"{value / size:.6g}{unit}"
+    return f"{value:.6g}"
 
 
 def _inline(svg: str) -> str:

@@ -15,19 +15,19 @@ class Panel:
     name: str
     ylabel: str
     is_logarithmic: bool = False
-    is_noisy: bool = False
+    is_noisy: bool = True
     scale: float = 1.0
 
 
 # In the order of the page. A figure without data is left out.
 PANELS = (
-    Panel("Learning rate", "learning_rate", "learning rate"),
-    Panel("Throughput", "tokens_per_second", "tokens per second", is_noisy=True),
-    Panel("Use of the devices", "mfu", "MFU (% of bfloat16 peak)", is_noisy=True, scale=100),
-    Panel("Peak memory", "peak_memory_bytes", "memory (GB)", scale=1e-9),
-    Panel("Gradient norm", "gradient_norm", "norm before clipping", True, True),
-    Panel("Update norm", "update_norm", "norm of the change", True, True),
-    Panel("Parameter norm", "parameter_norm", "norm of the parameters"),
+    Panel("Learning rate", "learning_rate", "learning rate", is_noisy=False),
+    Panel("Throughput", "tokens_per_second", "tokens per second"),
+    Panel("Use of the devices", "mfu", "MFU (% of bfloat16 peak)", scale=100),
+    Panel("Peak memory", "peak_memory_bytes", "memory (GB)", is_noisy=False, scale=1e-9),
+    Panel("Gradient norm", "gradient_norm", "norm before clipping", is_logarithmic=True),
+    Panel("Update norm", "update_norm", "norm of the change", is_logarithmic=True),
+    Panel("Parameter norm", "parameter_norm", "norm of the parameters", is_noisy=False),
     Panel("Router load entropy", "expert_load_entropy", "of an even load (least even layer)"),
     Panel("Busiest expert", "expert_load_max", "load relative to the mean"),
     Panel("Idlest expert", "expert_load_min", "load relative to the mean"),
