@@ -13,6 +13,7 @@ _HEAVY = ("train", "generate", "eval", "bench")
 _COMMANDS = {
     "train": "Train a preset on text; resume an interrupted run.",
     "data": "Tokenise text, JSON Lines, Parquet, ... ahead of time; look at it, check it.",
+    "report": "Draw one run, or several side by side, into one HTML page.",
     "generate": "Continue a prompt with a checkpoint or a training run.",
     "eval": "Measure perplexity by length, needles, recall, or a task of lm_eval.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
@@ -84,6 +85,7 @@ def _usage() -> str:
             *rows,
             "",
             "`hybrid-jax COMMAND --help` tells every option. HYBRID_JAX_TRACEBACK=1 shows where an",
-            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input, 130 interrupted.",
+            "error came from. Exit codes: 0 ok, 1 a check failed, 2 bad input, 130 interrupted;",
+            "75: start `train` again with --resume.",
         ]
     )

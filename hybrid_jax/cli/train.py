@@ -44,16 +44,17 @@ class Source:
     """Begin with the weights of this run or checkpoint. The same as --start.path; --start.step and
     --start.moments then say more."""
     resume: bool = False
-    """Continue the run in OUT from its newest checkpoint; only --steps, --mesh and --rules may
-    differ from before."""
+    """Continue the run in OUT from its newest checkpoint; only --steps, --mesh, --rules and what is
+    below --faults and --observation may differ from before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(Source):
     """Train a model on text files, or continue where a run was interrupted.
 
-    Leaves OUT/config.yaml, metrics.jsonl, checkpoints/, loss.png and tokenizer.json. Ctrl-C ends
-    the run after the step at hand, with a checkpoint. Where a field has several kinds, --PATH.kind
+    Leaves OUT/config.yaml, metrics.jsonl, checkpoints/, loss.png and tokenizer.json; `hybrid-jax
+    report OUT` draws them. Ctrl-C and SIGTERM end the run after the step at hand, with a
+    checkpoint. Where a field has several kinds, --PATH.kind
     chooses one: --schedule.decay.kind Linear, --loss.balance.kind HuggingFaceBalance. Defaults
     below are those of --preset or --config.
 
@@ -61,8 +62,9 @@ class Args(Source):
     that all share, and in its environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, or SLURM's variables, or those of a TPU pod, of GKE or of several slices.
 
-    Exit code 0: done, or ended on request; 1: the loss is not a number any more, or another process
-    ended; 2: bad input.
+    Exit code 0: done, or ended by Ctrl-C; 75: ended by SIGTERM, or a step hung: start it again with
+    --resume, as the launchers in scripts/launch do; 1: too many updates in a row were skipped, or
+    another process ended; 2: bad input, or the last checkpoint could not be written.
     """
 
     train: typing.Annotated[TrainConfig, tyro.conf.arg(name="")] = tyro.MISSING
@@ -92,7 +94,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train; 0 when done or stopped on request, 1 if the loss is not a number any more.
+    """Train; 0 when done or interrupted, 75 when stopped by SIGTERM, 1 if the run diverged.
 
     Also 1 if the computation breaks off, as it does when another process ends.
     """
@@ -103,6 +105,7 @@ def run(args: Args) -> int:
     # Before anything asks for a device.
     processes.start()
     from hybrid_jax import training
+    from hybrid_jax.training.stop import START_AGAIN
 
     if "HYBRID_JAX_TRACEBACK" not in os.environ:
         # A checkpoint that cannot be written is one sentence of ours, after 1,400 lines of Orbax's.
@@ -126,14 +129,15 @@ def run(args: Args) -> int:
     except BaseException as error:
         processes.part(_exit_code(error))
         raise
+    code = START_AGAIN if outcome.stopped_by == "SIGTERM" else 0
     if not processes.is_first():
-        return 0
+        return code
     if outcome.stopped_by is not None:
         print(
             f"Stopped by {outcome.stopped_by} after step {outcome.step}; nothing is lost. "
             f"Continue with:\n  {again}"
         )
-        return 0
+        return code
     print(f"Done: {outcome.step} steps, in {args.out}.")
     if outcome.heldout_loss is not None:
         print(

@@ -6,6 +6,8 @@ import functools
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config.checks import check_at_least, check_fraction
 from hybrid_jax.config.data import Data
+from hybrid_jax.config.faults import Faults
+from hybrid_jax.config.observation import Observation
 from hybrid_jax.config.optimizer import AdamW, Muon, Optimizer
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.config.start import Start
@@ -228,6 +230,10 @@ class TrainConfig:
     """When the state is stored."""
     evaluation: Evaluation = Evaluation()
     """When the held-out loss is measured."""
+    faults: Faults = dataclasses.field(default_factory=Faults)
+    """What happens when something goes wrong."""
+    observation: Observation = dataclasses.field(default_factory=Observation)
+    """What is shown beside the metrics."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     parallel: Parallel | None = None

@@ -1,11 +1,12 @@
 """A record as token ids, with what of it is learned."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from hybrid_jax.config.data import Source
-from hybrid_jax.data import chat
+from hybrid_jax.data import chat, sources
 from hybrid_jax.data.sources import Record, Skipped
 from hybrid_jax.data.tokenizer import Tokenizer
 
@@ -40,6 +41,17 @@ def text_of(source: Source, record: Record) -> str | Skipped:
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         return Skipped(record.name, "not UTF-8", str(error.reason))
     return text
+
+
+def texts(source: Source) -> Iterator[str]:
+    """Every text at a source; what cannot be used is passed over.
+
+    Raises FileNotFoundError or ValueError if there is no file.
+    """
+    for unit in sources.units(source):
+        for record in sources.read(unit):
+            if isinstance(record, Record) and isinstance(text := text_of(source, record), str):
+                yield text
 
 
 def conversation_of(record: Record) -> chat.Conversation | Skipped:

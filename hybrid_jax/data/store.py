@@ -65,6 +65,28 @@ class TokenStore:
             keep &= self.lengths <= max_tokens
         return TokenStore(self._shards, self._places[keep])
 
+    def first(self, pairs: int) -> "TokenStore":
+        """The first documents with so many pairs of neighbours; the last one may be cut."""
+        ends = np.cumsum(np.maximum(self.lengths - 1, 0))
+        last = int(np.searchsorted(ends, pairs))
+        if last >= len(ends):
+            return self
+        places = self._places[: last + 1].copy()
+        places["length"][-1] -= ends[last] - pairs
+        return TokenStore(self._shards, places)
+
+    @classmethod
+    def joined(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
+        """The documents of one store after the other's."""
+        shards: list[Shard] = []
+        places = []
+        for store in stores:
+            moved = store._places.copy()
+            moved["shard"] += len(shards)
+            places.append(moved)
+            shards += store._shards
+        return cls(shards, np.concatenate(places))
+
     def read(self, document: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(ids, which of them are learned or None for all) of tokens begin to end of a document."""
         number, first, _ = self._places[document]

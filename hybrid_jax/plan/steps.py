@@ -87,7 +87,7 @@ def _train(
         (live, batch),
         tokens,
         _fill(config, placement),
-        3 * tokens * flops.forward_flops(config, request.seq / 2),
+        tokens * flops.training_flops(config, request.seq),
     )
 
 

@@ -1,5 +1,7 @@
 """The loss on held-out text."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -24,7 +26,8 @@ class Heldout:
             for part in parts
             if part.heldout is not None
         }
-        self._feed = Feed(placement, config.batch_size // config.accumulate, length)
+        self.feed = Feed(placement, config.rows_per_round, length)
+        """Of batches of held-out rows."""
 
     def __bool__(self) -> bool:
         return bool(self._windows)
@@ -34,15 +37,27 @@ class Heldout:
         targets = [windows.all_targets() for windows in self._windows.values()]
         return data_lib.unigram_entropy(np.concatenate(targets))
 
-    def losses(self, evaluation_step, params: Named, limit: int | None = None) -> dict:
+    @property
+    def first_batch(self) -> data_lib.Batch:
+        """This process's rows of the first batch of the first source."""
+        windows = next(iter(self._windows.values()))
+        return next(data_lib.evaluation_batches(windows, self.feed.num_rows, 1, self.feed.rows))
+
+    def losses(
+        self,
+        evaluation_step,
+        params: Named,
+        limit: int | None = None,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> dict:
         """`heldout_loss`: mean nats a token over all rows, or `limit` batches of them.
 
-        Of several sources also `heldout_loss_by_source`, in the order of the sources.
+        Of several sources also `heldout_loss_by_source`, by name.
         """
         if limit is not None:
             limit = max(1, limit // len(self._windows))
         sums = [
-            _sums(evaluation_step, params, windows, self._feed, limit)
+            _sums(evaluation_step, params, windows, self.feed, limit, after_batch)
             for windows in self._windows.values()
         ]
         nll, weight = np.sum(sums, axis=0)
@@ -54,10 +69,13 @@ class Heldout:
         return record
 
 
-def _sums(evaluation_step, params: Named, windows, feed: Feed, limit) -> tuple[float, float]:
+def _sums(
+    evaluation_step, params: Named, windows, feed: Feed, limit, after_batch
+) -> tuple[float, float]:
     """(nats, weights) over the rows."""
     total, count = 0.0, 0.0
     for batch in data_lib.evaluation_batches(windows, feed.num_rows, limit, feed.rows):
         nll, weight = jax.device_get(evaluation_step(params, feed.place(batch)))
+        after_batch()
         total, count = total + float(nll), count + float(weight)
     return total, count

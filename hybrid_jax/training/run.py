@@ -14,6 +14,9 @@ from hybrid_jax.config import text
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.data import corpus
 
+# Fields of a configuration that a run may be continued with others of.
+MAY_CHANGE = ("steps", "parallel", "faults", "observation")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
@@ -50,6 +53,27 @@ class RunDirectory:
         return self.path / "start.json"
 
     @property
+    def environment(self) -> pathlib.Path:
+        return self.path / "environment.json"
+
+    @property
+    def bad_batches(self) -> pathlib.Path:
+        return self.path / "bad-batches"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        return self.path / "profile"
+
+    @property
+    def hang(self) -> pathlib.Path:
+        """Of the first process; written by `watchdog`."""
+        return self.path / "hang-0.txt"
+
+    @property
     def lock(self) -> pathlib.Path:
         return self.path / ".lock"
 
@@ -57,7 +81,8 @@ class RunDirectory:
     def contents(self) -> tuple[pathlib.Path, ...]:
         """All that a run makes."""
         stored = (self.config, self.metrics, self.checkpoints, self.curve, self.tokenizer)
-        return (*stored, self.tokens, self.origin, self.lock)
+        shown = (self.environment, self.bad_batches, self.tensorboard, self.profile, self.hang)
+        return (*stored, *shown, self.tokens, self.origin, self.lock)
 
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
@@ -96,20 +121,21 @@ def begin(config: TrainConfig, path):
 def resume(config: TrainConfig, path):
     """The directory of a run that `config` continues, locked.
 
-    Only `steps` and `parallel` may have changed. Raises FileNotFoundError if there is no run,
+    Only the fields in `MAY_CHANGE` may have changed. Raises FileNotFoundError if there is no run,
     ValueError listing what differs, BlockingIOError if another process holds it. What is new is not
     stored yet: it may be refused.
     """
     run = RunDirectory(pathlib.Path(path))
     stored = run.read_config()
-    wanted = dataclasses.replace(config, steps=stored.steps, parallel=stored.parallel)
+    free = {name: getattr(stored, name) for name in MAY_CHANGE}
+    wanted = dataclasses.replace(config, **free)
     differences = [
         f"  {old.strip()}  (now: {new.strip()})" for old, new in _changed_lines(stored, wanted)
     ]
     if differences:
         raise ValueError(
-            f"{run.path} was begun with another configuration; only steps and parallel may change "
-            "on --resume:\n"
+            f"{run.path} was begun with another configuration; only "
+            f"{', '.join(MAY_CHANGE)} may change on --resume:\n"
             + "\n".join(differences)
             + "\nLeave those options out, or start a new run with another --out."
         )

@@ -72,8 +72,8 @@ def begin(
     other = pathlib.Path(start.path) / "tokenizer.json"
     if tokenizer is not None and _differ(tokenizer, other):
         note(
-            f"{other} is not the tokenizer of this run, whose numbers may mean other words to these "
-            f"weights. A new run takes it with --data.tokenizer {other}"
+            f"{other} is not the tokenizer of this run, whose numbers may mean other words to "
+            f"these weights. A new run takes it with --data.tokenizer {other}"
         )
     return state, origin
 

@@ -10,7 +10,7 @@ from hybrid_jax.config import training as config_lib
 from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.targets.options import compiler_options
-from hybrid_jax.training import balance, breakdown
+from hybrid_jax.training import balance, breakdown, guard
 from hybrid_jax.training.loss import cross_entropy
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
@@ -36,8 +36,12 @@ def make_train_step(
     placement: Placement | None = None,
     objective: Objective | None = None,
     num_sources: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A compiled update (state, batch of B rows) -> (state, metrics); the old state is given up.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A compiled update (state, batch of B rows[, limits]) -> (state, metrics).
+
+    The old state is given up. If the loss or the gradient is not a number, or above the
+    `guard.Limits`, parameters and optimiser keep every bit; the step counts all the same, and
+    `skipped` is 1.
 
     With `config.accumulate` = n the rows go through the model in n rounds, more as the batch grows.
     Every token weighs the same whichever round it falls in, so the cross-entropy's gradient is that
@@ -49,7 +53,7 @@ def make_train_step(
     """
     live = None if placement is None else shardings(skeleton, optimizer, placement)
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, limits: guard.Limits = guard.NO_LIMITS):
         learns, others = optimizer.split(state.params)
 
         def loss(learns, part, share):
@@ -66,7 +70,17 @@ def make_train_step(
         params, optimizer_state, norm = optimizer.update(
             state.params, gradients, state.optimizer, state.step
         )
-        metrics |= {"learning_rate": optimizer.learning_rate(state.step), "gradient_norm": norm}
+        sound = guard.is_sound(metrics["loss"], norm, limits)
+        params, optimizer_state = guard.choose(
+            sound, (params, optimizer_state), (state.params, state.optimizer)
+        )
+        metrics |= {
+            "learning_rate": optimizer.learning_rate(state.step),
+            "gradient_norm": norm,
+            "update_norm": _norm({name: _moved(state, params, name) for name in params}),
+            "parameter_norm": _norm(params),
+            "skipped": 1 - sound.astype(jnp.float32),
+        }
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     if placement is None:
@@ -74,7 +88,8 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(live, None),
+        # Every process reads the metrics: whole on each device, lists too.
+        out_shardings=(live, placement.sharding()),
         compiler_options=compiler_options(placement.mesh.devices.flat[0]),
     )
 
@@ -89,6 +104,16 @@ def make_evaluation_step(
         return jnp.sum(batch.weights_BT * sums.nll_BT), jnp.sum(batch.weights_BT)
 
     return jax.jit(evaluation_step)
+
+
+def _moved(state: TrainState, params: Named, name: str) -> jax.Array:
+    """What the update did to a parameter as it is stored: bfloat16 swallows small ones."""
+    return params[name].astype(jnp.float32) - state.params[name].astype(jnp.float32)
+
+
+def _norm(named: Named) -> jax.Array:
+    squares = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in named.values()]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
 def _cross_entropy(
@@ -175,7 +200,11 @@ def _finish(metrics: Metrics) -> Metrics:
     if hits_LE is None:
         return metrics
     load_LE = hits_LE / jnp.maximum(jnp.mean(hits_LE, axis=-1, keepdims=True), 1e-9)
-    metrics |= {"expert_load_max": jnp.max(load_LE), "expert_load_min": jnp.min(load_LE)}
+    metrics |= {
+        "expert_load_max": jnp.max(load_LE),
+        "expert_load_min": jnp.min(load_LE),
+        "expert_load_entropy": balance.load_entropy(hits_LE),
+    }
     if "expert_dropped" in metrics:
         dropped, mean_L = metrics.pop("expert_dropped"), metrics.pop("expert_rows_mean")
         metrics |= {

@@ -1,5 +1,6 @@
 """Training batches of a run on their devices, and where the data goes on after each."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from hybrid_jax import data as data_lib
@@ -13,6 +14,11 @@ class Supplied(NamedTuple):
     """A batch of one update."""
 
     batch: data_lib.Batch
+    """On the devices."""
+    own: data_lib.Batch
+    """This process's rows of it."""
+    rows: Sequence[int]
+    """Their numbers in the batch."""
     position: dict
     """Where the data goes on after it; valid JSON."""
 
@@ -47,13 +53,18 @@ class Supply:
 
     def next(self) -> Supplied:
         """The next batch, on its devices."""
-        feed = self._feeds[self._size_at(self._batches.position["batches"])]
+        feed = self._feeds[self._size_at(self.position["batches"])]
         batch = next(self._batches)
-        return Supplied(feed.place(batch), self._batches.position)
+        return Supplied(feed.place(batch), batch, feed.rows, self.position)
 
     def seek(self, position: dict) -> None:
         """Go on as after the batch that came with `position`."""
         self._batches.seek(position)
+
+    @property
+    def position(self) -> dict:
+        """Where the data goes on; valid JSON."""
+        return self._batches.position
 
     @property
     def efficiency(self) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from hybrid_jax import training
 from hybrid_jax.config import data, layers, model
 from hybrid_jax.config import training as t
+from hybrid_jax.config.observation import Observation
 from hybrid_jax.config.presets import own
 from hybrid_jax.data import Batch
 
@@ -53,6 +54,8 @@ def small_run(path="unused", **changes) -> t.TrainConfig:
         schedule=t.Schedule(peak=3e-3, warmup_steps=2),
         checkpoints=t.Checkpoints(every=3, keep=2),
         evaluation=t.Evaluation(every=4, batches=1),
+        # A program more to compile; `test_observation` has it.
+        observation=Observation(state_norms=False),
     )
     return dataclasses.replace(config, **changes)
 
