@@ -209,7 +209,7 @@ class TrainConfig:
     data: Data
     """What it learns from."""
     steps: int
-    """Optimiser updates in all."""
+    """Optimiser updates in all; 0: as many as every source's `max_epochs` gives."""
     batch_size: int = 8
     """Windows an update, over all processes and accumulation rounds."""
     accumulate: int = 1
@@ -240,7 +240,8 @@ class TrainConfig:
     """Mesh of devices and rules; None: all devices over fsdp, or the only one there is."""
 
     def __post_init__(self):
-        check_at_least(self, 1, "steps", "batch_size", "accumulate")
+        check_at_least(self, 0, "steps")
+        check_at_least(self, 1, "batch_size", "accumulate")
         # The keys of JAX hold 32 bits: a larger seed would be another one's run again.
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"TrainConfig.seed must be in [0, 2**32); got {self.seed!r}.")

@@ -88,7 +88,7 @@ def write(
         len(table),
         len(all_ids),
         bool(masked),
-        int(all_ids.max()) if len(all_ids) else -1,
+        int(np.max(all_ids)) if len(all_ids) else -1,
         array_hash(arrays),
         dict(counts),
         named,

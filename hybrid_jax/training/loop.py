@@ -13,10 +13,11 @@ import jax
 
 from hybrid_jax import observe
 from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import WindowIndex
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.observe import tensorboard
 from hybrid_jax.observe.profile import Profile
-from hybrid_jax.training import bad_batches, environment, placing, starting
+from hybrid_jax.training import bad_batches, environment, lasting, placing, starting
 from hybrid_jax.training import run as run_lib
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.diverged import diverged
@@ -32,7 +33,7 @@ from hybrid_jax.training.state import TrainState, abstract_state, initial_state
 from hybrid_jax.training.state_norms import StateNorms
 from hybrid_jax.training.step import make_evaluation_step, make_train_step
 from hybrid_jax.training.stop import StopSignal
-from hybrid_jax.training.supply import Supplied, Supply
+from hybrid_jax.training.supply import Supplied, Supply, windows_of
 from hybrid_jax.training.watchdog import Watchdog
 from sharding import processes
 
@@ -80,18 +81,26 @@ def train(
     with contextlib.ExitStack() as held:
         if not processes.is_first():
             stream = held.enter_context(open(os.devnull, "w"))
-        progress = held.enter_context(observe.Progress(config.steps, stream=stream))
+        progress = held.enter_context(observe.Progress(stream))
         stop = held.enter_context(StopSignal())
         placement = placing.choose(config, devices, progress.note)
         with open_run(config, path, resume=resume, note=progress.note) as opened:
-            return Trainer(config, opened, progress, placement, devices).run(stop)
+            windows = windows_of(config, opened.parts)
+            config = lasting.with_steps(config, windows)
+            return Trainer(config, opened, windows, progress, placement, devices).run(stop)
 
 
 class Trainer:
     """The parts of one run, put together; `run` is the loop."""
 
     def __init__(
-        self, config: TrainConfig, opened: Opened, progress, placement: Placement | None, devices
+        self,
+        config: TrainConfig,
+        opened: Opened,
+        windows: Sequence[WindowIndex],
+        progress: observe.Progress,
+        placement: Placement | None,
+        devices: Sequence,
     ):
         self._config = config
         self._run = opened.run
@@ -106,7 +115,7 @@ class Trainer:
         self._evaluation_step = processes.Together(
             make_evaluation_step(config, self._skeleton, placement)
         )
-        self._supply = Supply(config, opened.parts, placement)
+        self._supply = Supply(config, windows, placement)
         progress.note(f"{self._supply.efficiency:.1%} of the places in rows hold tokens.")
         self._state_norms = StateNorms(config, self._skeleton, placement, progress.note)
         self._history = History(config.faults)
@@ -128,18 +137,18 @@ class Trainer:
             state = self._starting_state(checkpoints)
             step, position = int(state.step), self._supply.position
             self._recall(step)
-            self._progress.start(step)
+            self._progress.start(step, config.steps)
             self._progress.note("Compiling the update; the first step takes longer ...")
             saver, watchdog, profile, recorder = self._around(checkpoints, step, held)
-            ahead = self._supply.next()
-            while step < config.steps and stop.name is None:
+            ahead = self._next(step)
+            while ahead is not None and stop.name is None:
                 begin = time.monotonic()
                 stop.ask()
                 profile.before(step + 1)
                 state, values = self._train_step(state, ahead.batch, self._history.limits())
-                # Fetched while the device computes; its position counts from the next step on.
-                taken, ahead = ahead, self._supply.next()
-                step, position = step + 1, taken.position
+                step, position = step + 1, ahead.position
+                # The next is fetched while the device computes.
+                taken, ahead = ahead, self._next(step)
                 record = self._record(step, values, begin, taken)
                 watchdog.alive()
                 profile.after(step)
@@ -176,6 +185,10 @@ class Trainer:
             held.enter_context(each)
         watchdog.slow("compiling and the first step")
         return saver, watchdog, profile, recorder
+
+    def _next(self, step: int) -> Supplied | None:
+        """The batch of the update after `step`; None after the last, for the data may end there."""
+        return self._supply.next() if step < self._config.steps else None
 
     def _recall(self, step: int) -> None:
         """What the steps up to this one were like, as the first process's metrics have it.

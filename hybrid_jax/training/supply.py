@@ -27,24 +27,19 @@ class Supply:
     """Batches without end, of the sizes that the configuration says at each step."""
 
     def __init__(
-        self, config: TrainConfig, parts: tuple[corpus.Part, ...], placement: Placement | None
+        self,
+        config: TrainConfig,
+        windows: Sequence[data_lib.WindowIndex],
+        placement: Placement | None,
     ):
+        """`windows` are those of each source, as `windows_of` makes them."""
         length = config.data.sequence_length
         self._size_at = config.batch_size_at
         self._feeds = {size: Feed(placement, size, length) for size in config.batch_sizes}
-        self.windows = [
-            data_lib.WindowIndex(
-                part.training,
-                length,
-                config.seed,
-                config.data.packing,
-                source=number if len(parts) > 1 else None,
-            )
-            for number, part in enumerate(parts)
-        ]
+        self._windows = windows
         self._batches = data_lib.Batches(
-            self.windows,
-            [part.source for part in parts],
+            windows,
+            config.data.sources,
             config.batch_size_at,
             seed=config.seed,
             steps=config.steps,
@@ -69,5 +64,19 @@ class Supply:
     @property
     def efficiency(self) -> float:
         """Share of the places in rows that hold tokens; the rest is padding."""
-        places = sum(len(each) for each in self.windows)
-        return sum(each.efficiency * len(each) for each in self.windows) / places
+        places = sum(len(each) for each in self._windows)
+        return sum(each.efficiency * len(each) for each in self._windows) / places
+
+
+def windows_of(config: TrainConfig, parts: tuple[corpus.Part, ...]) -> list[data_lib.WindowIndex]:
+    """Rows of each source; numbered where there are several."""
+    return [
+        data_lib.WindowIndex(
+            part.training,
+            config.data.sequence_length,
+            config.seed,
+            config.data.packing,
+            source=number if len(parts) > 1 else None,
+        )
+        for number, part in enumerate(parts)
+    ]

@@ -93,6 +93,8 @@ def test_fine_tuning_has_the_reports_numbers():
     assert (short.data.sequence_length, short.batch_size, short.schedule.peak) == (8192, 128, 1e-5)
     assert (long.data.sequence_length, long.batch_size, long.schedule.peak) == (1032192, 80, 3e-6)
     assert {source.max_epochs for source in short.data.sources} == {2.0}
+    # As many steps as two epochs have.
+    assert short.steps == long.steps == 0
     assert thetas(short) == thetas(long) == {1e7}
 
 

@@ -5,10 +5,9 @@ import pytest
 
 from hybrid_jax import model as models
 from hybrid_jax.config.evaluation import Perplexity
-from hybrid_jax.data import TokenStore, WindowIndex
+from hybrid_jax.data import Part, TokenStore
 from hybrid_jax.evaluation import ModelPredictor, perplexity
-from hybrid_jax.training.evaluate import heldout_loss
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.evaluate import Heldout
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.step import make_evaluation_step
 from tests.evaluation import handmade
@@ -25,12 +24,9 @@ def test_at_the_runs_length_it_is_the_runs_held_out_loss():
     config = small.small_run(model=small.small_model(initializer_range=0.3))
     texts, skeleton = store(70, 1, 9, 130, 33), Skeleton(config.model)
     model = models.build(config.model, seed=1)
-    wanted = heldout_loss(
-        make_evaluation_step(config, skeleton),
-        skeleton.named(model),
-        WindowIndex(texts, 32, seed=None),
-        Feed(None, 4, 32),
-    )
+    heldout = Heldout(config, (Part(config.data.sources[0], texts, texts),), None)
+    losses = heldout.losses(make_evaluation_step(config, skeleton), skeleton.named(model))
+    wanted = losses["heldout_loss"]
     report = perplexity.evaluate(ModelPredictor(model), texts, Perplexity(lengths=(32, 64)))
     (at_32, at_64) = report["lengths"]
     # Two float32 sums over the same tokens, in another order.

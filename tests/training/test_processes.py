@@ -22,7 +22,7 @@ from hybrid_jax.training import opening, run
 from tests.sharding import together
 from tests.training import small
 from tests.training.test_mesh import TOLERANCE, curve
-from tests.training.test_resume import TIMES, assert_same_run
+from tests.training.test_resume import MEASURED, assert_same_run
 
 STEPS = 16
 
@@ -77,7 +77,7 @@ MESH = ("--mesh", "data=2,tensor=2,fsdp=-1", "--rules", "fsdp_tensor")
 
 def without_times(path) -> list[dict]:
     return [
-        {name: value for name, value in record.items() if name not in TIMES}
+        {name: value for name, value in record.items() if name not in MEASURED}
         for record in observe.read_metrics(path / "metrics.jsonl")
     ]
 

@@ -9,9 +9,6 @@ from hybrid_jax.config.recipes.budget import Amounts, Budget
 from hybrid_jax.config.recipes.models import with_rope
 from hybrid_jax.config.recipes.pretraining import with_steps
 
-# Tokens stand in for the two epochs that were published: an epoch is as long as the data is.
-_DEFAULT_TOKENS = 1e9
-
 
 def sft_short(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) -> t.TrainConfig:
     """Stage I of MiniMax-01's post-training (report, table 8): rows of 8192 tokens, 128 of them,
@@ -35,7 +32,8 @@ def sft_reasoning(model: ModelConfig, sources: tuple[Source, ...], budget: Budge
 
 
 def _sft(model, sources, budget: Budget, length: int, rows: int, schedule) -> t.TrainConfig:
-    amounts = budget.scale(Amounts(length, rows * length, _DEFAULT_TOKENS))
+    # Epochs, not tokens, were published; without a budget of tokens they decide the steps.
+    amounts = budget.scale(Amounts(length, rows * length, 0.0))
     config = t.TrainConfig(
         model=with_rope(model, 1e7, amounts.length),
         data=Data(
@@ -44,10 +42,10 @@ def _sft(model, sources, budget: Budget, length: int, rows: int, schedule) -> t.
             sequence_length=amounts.length,
             packing=FirstFit(),
         ),
-        steps=amounts.steps,
+        steps=0,
         batch_size=amounts.rows,
         accumulate=budget.accumulate,
-        schedule=schedule,
+        schedule=dataclasses.replace(schedule, warmup_steps=10),
         optimizer=t.AdamW(b1=0.9, b2=0.95, weight_decay=0.1),
     )
-    return with_steps(config, amounts.tokens, warmup_steps=100)
+    return with_steps(config, amounts.tokens, warmup_steps=100) if amounts.tokens else config
