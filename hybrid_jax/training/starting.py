@@ -72,8 +72,8 @@ def begin(
     other = pathlib.Path(start.path) / "tokenizer.json"
     if tokenizer is not None and _differ(tokenizer, other):
         note(
-            f"{other} is not the tokenizer of this run, whose numbers may mean other words to these "
-            f"weights. A new run takes it with --data.tokenizer {other}"
+            f"{other} is not the tokenizer of this run: its numbers may mean other words to these "
+            f"weights. A new run takes that one with --data.tokenizer {other}"
         )
     return state, origin
 
@@ -92,9 +92,8 @@ def _read(config: TrainConfig, start: Start, skeleton: Skeleton, placement) -> t
             digest.update(name.encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
             params[name] = _placed(name, array, skeleton, placement)
-        step = getattr(checkpoint.source, "step", None)
         differences = _differences(checkpoint.config, config.model)
-        return params, Origin(str(start.path), step, digest.hexdigest(), differences)
+        return params, Origin(str(start.path), checkpoint.step, digest.hexdigest(), differences)
 
 
 def _placed(name: str, array: np.ndarray, skeleton: Skeleton, placement) -> jax.Array:
