@@ -38,6 +38,8 @@ class Checkpoint:
     """Known tensors that are not weights."""
     block: tuple[int, int] | None
     """Rows and columns that share an FP8 scale."""
+    step: int | None = None
+    """Updates that a run had done; None for what is no run."""
 
     def read(self, names, *, dequantize: bool, check_finite: bool = True):
         """(name, array) of stored tensors, in an order that is cheap to read.
@@ -143,12 +145,12 @@ def _own(path: pathlib.Path, source) -> Checkpoint:
 
 
 def _run(path: pathlib.Path, source) -> Checkpoint:
-    run = text.read_yaml(TrainConfig, path / CONFIG_YAML)
+    run, step = text.read_yaml(TrainConfig, path / CONFIG_YAML), source.step
     config = run.model
     if isinstance(run.tuning, LoRA):
         source = Merged(source, run.tuning.scale)
     whole = [Rule(leaf, shape, leaf) for leaf, shape in leaves.shapes(config).items()]
-    return _of_rules(path, source, config, whole)
+    return dataclasses.replace(_of_rules(path, source, config, whole), step=step)
 
 
 def _of_rules(path: pathlib.Path, source, config: model_lib.ModelConfig, rules) -> Checkpoint:

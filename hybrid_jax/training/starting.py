@@ -92,9 +92,8 @@ def _read(config: TrainConfig, start: Start, skeleton: Skeleton, placement) -> t
             digest.update(name.encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
             params[name] = _placed(name, array, skeleton, placement)
-        step = getattr(checkpoint.source, "step", None)
         differences = _differences(checkpoint.config, config.model)
-        return params, Origin(str(start.path), step, digest.hexdigest(), differences)
+        return params, Origin(str(start.path), checkpoint.step, digest.hexdigest(), differences)
 
 
 def _placed(name: str, array: np.ndarray, skeleton: Skeleton, placement) -> jax.Array:

@@ -56,10 +56,11 @@ def test_kinds_are_chosen_by_name():
 def test_fine_tuning_is_a_matter_of_options():
     config = parsed(
         *("--preset", "nano", "--data", "text", "--start-from", "RUN", "--start.step", "3"),
+        "--start.moments",
         *("--tuning.kind", "LoRA", "--tuning.rank", "4", "--tuning.targets", "*.q", "*.v"),
         *("--optimizer.kind", "Muon", "--model.initialization.kind", "DeepNorm"),
     )
-    assert config.start == t.Start(path="RUN", step=3)
+    assert config.start == t.Start(path="RUN", step=3, moments=True)
     assert config.tuning == t.LoRA(rank=4, targets=("*.q", "*.v"))
     assert config.optimizer == t.Muon()
     assert config.model.initialization.gain(2) == 0.5

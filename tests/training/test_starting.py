@@ -178,8 +178,9 @@ def test_a_mixture_tuned_by_lora_is_published_merged(tmp_path):
         checkpoint.convert(run, tmp_path / format, format)
         found = leaves.arrays(hybrid_jax.load(tmp_path / format))
         assert_same(found, expected)
-    # What was published starts the next run.
+    # What was published starts the next run, and so does the run itself.
     plain = dataclasses.replace(config, tuning=t.Full())
-    state, origin, _ = begin(from_run(plain, tmp_path / "hf"))
-    assert_same(state.params, expected)
-    assert origin.step is None
+    for directory, step in (("hf", None), ("run", 1)):
+        state, origin, _ = begin(from_run(plain, tmp_path / directory))
+        assert_same(state.params, expected)
+        assert origin.step == step
