@@ -32,8 +32,8 @@ class Restored(NamedTuple):
     """What a checkpoint gives back."""
 
     state: TrainState
-    position: int
-    """Batches of data taken."""
+    position: dict
+    """Where the data goes on; valid JSON."""
     fingerprint: str
     """Identifies the data the position belongs to."""
 
@@ -79,7 +79,21 @@ class CheckpointStore:
         """Step of the newest whole checkpoint; None if there is none."""
         return self._latest
 
-    def save(self, step: int, state: TrainState, position: int, fingerprint: str) -> None:
+    @property
+    def latest_path(self) -> pathlib.Path | None:
+        """Where that is."""
+        return None if self._latest is None else self._path(self._latest)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write has begun and not ended; `wait` returns at once if not."""
+        return self._writing is not None and not self._writing.done()
+
+    def has_before(self, step: int) -> bool:
+        """Whether there is a checkpoint older than `step`; the same answer in all processes."""
+        return any(each < step for each in self._decided()[0] if each not in self._bad)
+
+    def save(self, step: int, state: TrainState, position: dict, fingerprint: str) -> None:
         """Begin to write; waits for the write before only. A step that is there stays as it is.
 
         The state is in host memory before this returns: an update may then take its buffers.
@@ -166,16 +180,19 @@ class CheckpointStore:
                 "Checkpoints before it are whole: make room or permit writing, then use --resume."
             ) from error
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> Restored:
+    def restore(
+        self, abstract: TrainState, step: int | None = None, before: int | None = None
+    ) -> Restored:
         """The state at `step` (None: the newest good one); ValueError if it is not like `abstract`.
 
-        Every file is read and held against its checksum before, every array after. A newest one
-        that is damaged is named and passed over; with `step` that is an error, `manifest.Damaged`.
-        Later steps than `step` then count as left: the next one saved takes their place. Arrays go
-        where `abstract` says, else to the first device, wherever they were when stored.
+        With `before` the newest good one of an earlier step than that. Every file is read and held
+        against its checksum before, every array after. A newest one that is damaged is named and
+        passed over; with `step` that is an error, `manifest.Damaged`. Steps after the one restored
+        count as left: the next save removes them. Arrays go where `abstract` says, else to the
+        first device, wherever they were when stored.
         """
         wanted = {"params": abstract.params, "optimizer": abstract.optimizer}
-        step, trees = self._first_good(step, wanted)
+        step, trees = self._first_good(step, wanted, before)
         progress = ocp.checkpointables_metadata(self._path(step)).custom_metadata
         # Bound like the rest: a resumed run then compiles the very program the first one did, and
         # finds it in JAX's compilation cache.
@@ -189,7 +206,9 @@ class CheckpointStore:
         """The parameters alone, by name; verified as by `restore`."""
         return self._first_good(step, {"params": abstract})[1]["params"]
 
-    def _first_good(self, step: int | None, abstract: dict) -> tuple[int, dict]:
+    def _first_good(
+        self, step: int | None, abstract: dict, before: int | None = None
+    ) -> tuple[int, dict]:
         """(its step, its trees) of the checkpoint asked for, or the newest that is as written."""
         self.wait()
         whole, unfinished = self._decided()
@@ -199,6 +218,8 @@ class CheckpointStore:
                 f"{'' if step is None else f' of step {step}'}; it has {whole or 'none at all'}."
             )
         tried = sorted(whole + unfinished, reverse=True) if step is None else [step]
+        if before is not None:
+            tried = [each for each in tried if each < before]
         problems = []
         for each in tried:
             try:

@@ -1,4 +1,4 @@
-"""The parameters of a training run: its newest good checkpoint, by our own paths."""
+"""The parameters of a training run: a good step under RUN/checkpoints, by our own paths."""
 
 import pathlib
 import warnings
@@ -12,14 +12,18 @@ CHECKPOINTS, ITEM = "checkpoints", "params"
 
 
 class TrainingRun:
-    """Parameters of the newest good checkpoint of a run; the optimiser's state is not loaded.
+    """Parameters of one checkpoint of a run; the optimiser's state is left alone.
 
-    All files are verified first, every parameter as it is read. A checkpoint that is damaged is
-    passed over with a warning.
+    All files are verified first, every parameter as it is read.
     """
 
-    def __init__(self, directory):
-        self.path, self._manifest = _newest_good(pathlib.Path(directory))
+    def __init__(self, directory, step: int | None = None):
+        """Of `step`, or of the newest that is as it was written: others are named in a warning.
+
+        Raises ValueError if there is none, or `step` is damaged, unfinished or not there.
+        """
+        self.step, self._manifest = _good_step(pathlib.Path(directory), step)
+        self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
         try:
             stored = dict(self._orbax.metadata(self.path, ITEM).metadata)
@@ -65,26 +69,24 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
-def _newest_good(directory: pathlib.Path) -> tuple[pathlib.Path, manifest.Manifest]:
-    # An unfinished step has a longer name until one rename gives it this one, and no manifest.
-    found = [
-        path
-        for path in (directory / CHECKPOINTS).iterdir()
-        if path.name.isdigit() and (path / manifest.NAME).is_file()
-    ]
-    if not found:
+def _good_step(directory: pathlib.Path, step: int | None) -> tuple[int, manifest.Manifest]:
+    """Its files are held against their checksums."""
+    found = (directory / CHECKPOINTS).iterdir()
+    steps = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    if not steps:
         raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
+    if step not in (None, *steps):
+        raise ValueError(f"{directory} has no checkpoint of step {step}; it has {steps}.")
     problems = []
-    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
-        path = path.absolute()
+    for each in reversed(steps) if step is None else (step,):
         try:
-            whole = manifest.verify(path, name=path.name)
-        except manifest.Damaged as error:
+            whole = manifest.verify(directory / CHECKPOINTS / str(each), name=str(each))
+        except (manifest.Damaged, FileNotFoundError) as error:
             problems.append(str(error))
             continue
         for problem in problems:
-            warnings.warn(f"{problem} Taking step {path.name}.", stacklevel=2)
-        return path, whole
+            warnings.warn(f"{problem} Step {each} is taken instead.", stacklevel=2)
+        return each, whole
     raise ValueError(f"{directory} has no good checkpoint: {' '.join(problems)}")
 
 
