@@ -33,7 +33,7 @@ from hybrid_jax.training.step import make_train_step
 from scripts import evidence_plots
 
 VARIANTS = {"softmax": "SS", "lightning": "LL", "hybrid": "LS"}
-VOCAB, WIDTH, HEADS = 128, 32, 2
+VOCAB, WIDTH, HEADS, HEAD_DIM = 128, 32, 2, 16
 # Pairs of a training row; each row draws one of them.
 PAIRS = (8, 16, 32)
 # Beyond every seed of a run, so that no row is trained on and asked for.
@@ -71,11 +71,10 @@ def model_config(variant: str) -> ModelConfig:
     learned first is to look one token back, and only the layers decide when (Zoology gives every
     model a short convolution for it).
     """
-    head_dim = WIDTH // HEADS
     mixers: dict[str, layers.Mixer] = {
-        "L": layers.LightningAttention(num_heads=HEADS, head_dim=head_dim),
+        "L": layers.LightningAttention(num_heads=HEADS, head_dim=HEAD_DIM),
         "S": layers.SoftmaxAttention(
-            num_heads=HEADS, num_kv_heads=HEADS, head_dim=head_dim, rotary_dim=head_dim // 2,
+            num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, rotary_dim=HEAD_DIM // 2,
             rope_theta=1e4,
         ),
     }  # fmt: skip
