@@ -21,6 +21,7 @@ import tyro
 from hybrid_jax.config import evaluation as asked
 from hybrid_jax.config import layers
 from hybrid_jax.config import training as t
+from hybrid_jax.config.data import text
 from hybrid_jax.config.model import ModelConfig, fold_layers
 from hybrid_jax.data import Batch
 from hybrid_jax.data.recall import associative_recall
@@ -94,7 +95,7 @@ def model_config(variant: str) -> ModelConfig:
 def train_config(variant: str, args: Args, seed: int) -> t.TrainConfig:
     """How a variant is trained; nothing in it depends on the variant but the model."""
     return t.TrainConfig(
-        model=model_config(variant), data=t.Text(path="made up", sequence_length=args.length),
+        model=model_config(variant), data=text("made up", sequence_length=args.length),
         steps=args.steps, batch_size=args.batch_size, seed=seed,
         schedule=t.Schedule(peak=args.learning_rate, warmup_steps=50), loss=t.Loss(balance=None),
     )  # fmt: skip
@@ -131,7 +132,8 @@ def run(variant: str, seed: int, args: Args) -> dict:
     step = make_train_step(config, skeleton, optimizer)
     state = start(config, skeleton, optimizer)
     losses, begin = [], time.monotonic()
-    with Progress(args.steps) as progress:
+    with Progress() as progress:
+        progress.start(0, args.steps)
         progress.note(f"{variant}, seed {seed}:")
         for k in range(args.steps):
             state, metrics = step(state, batch(seed, k, args.batch_size, args.length))

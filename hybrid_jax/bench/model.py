@@ -166,7 +166,7 @@ def _report(config, measured, machine, growth, rounds) -> dict:
         }
         for side in ("ours", "theirs")
     }
-    work = {"train": 3 * flops.forward_flops(config, tasks.TRAIN_LENGTH / 2)}
+    work = {"train": flops.training_flops(config, tasks.TRAIN_LENGTH)}
     for name, length in tasks.PREFILL_LENGTHS.items():
         # The head runs on the last position only.
         work[name] = flops.forward_flops(config, length / 2, head=False)

@@ -78,14 +78,23 @@ def _text(wanted, directory: pathlib.Path, tokenizer):
         tokenizer = _needed(tokenizer, directory, "perplexity on a text")
         end_id = opened.end_id(tokenizer)
         return perplexity.tokenised(wanted.text, wanted.pattern, tokenizer, end_id, wanted.tokens)
-    from hybrid_jax.training.run import RunDirectory, load_tokens
-
-    heldout = load_tokens(RunDirectory(directory)).heldout if is_training_run(directory) else None
-    if heldout is None:
+    heldout = _heldout(directory) if is_training_run(directory) else []
+    if not heldout:
         raise ValueError(
             f"{directory} has no held-out text of its own; give one with --perplexity.text PATH."
         )
-    return heldout
+    from hybrid_jax.data import TokenStore
+
+    return TokenStore.joined(heldout)
+
+
+def _heldout(directory: pathlib.Path) -> list:
+    """What each source of a run holds out."""
+    from hybrid_jax.training.run import RunDirectory, load_tokens
+
+    run = RunDirectory(directory)
+    parts = load_tokens(run.read_config(), run)
+    return [part.heldout for part in parts if part.heldout is not None]
 
 
 def _needle(args, directory, tokenizer) -> Task:

@@ -10,7 +10,9 @@ import typing
 import tyro
 
 from hybrid_jax.config import presets, recipes, text
+from hybrid_jax.config.data import parse_sources
 from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.start import Start
 from hybrid_jax.config.training import TrainConfig
 
 
@@ -21,9 +23,16 @@ class Source:
     out: pathlib.Path
     """Directory of the run; new or empty unless --resume is given."""
     preset: str | None = None
-    """Model to train and its recipe: quickstart, nano, ...; `hybrid-jax presets` lists them."""
-    data: str | None = None
-    """Text to learn from: a directory, a file or a glob. The same as --data.path."""
+    """Model to train: quickstart, nano, ...; `hybrid-jax presets` lists them."""
+    recipe: str | None = None
+    """How it is trained, as published or our own; `hybrid-jax recipes` lists them. Left out, the
+    preset's own."""
+    budget: recipes.Budget = recipes.PUBLISHED
+    """How much of the recipe is affordable: the rest of it follows in proportion."""
+    data: tuple[str, ...] = ()
+    """What to learn from, one or more: a directory, a file or a glob of text, JSON Lines, Parquet,
+    ArrayRecord or Arrow, a Hugging Face data set on disk, or what `hybrid-jax data prepare` made.
+    PATH=WEIGHT gives a share: web=0.7 code=0.3. More about each: --data.sources.0.FIELD."""
     config: pathlib.Path | None = None
     """YAML file with a whole configuration, such as another run's config.yaml."""
     mesh: str | None = None
@@ -31,17 +40,21 @@ class Source:
     out, all devices are on fsdp."""
     rules: str | None = None
     """What is split over the axes: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
+    start_from: str | None = None
+    """Begin with the weights of this run or checkpoint. The same as --start.path; --start.step and
+    --start.moments then say more."""
     resume: bool = False
-    """Continue the run in OUT from its newest checkpoint; only --steps, --mesh and --rules may
-    differ from before."""
+    """Continue the run in OUT from its newest checkpoint; only --steps, --mesh, --rules and what is
+    below --faults and --observation may differ from before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(Source):
     """Train a model on text files, or continue where a run was interrupted.
 
-    Leaves OUT/config.yaml, metrics.jsonl, checkpoints/, loss.png and tokenizer.json. Ctrl-C ends
-    the run after the step at hand, with a checkpoint. Where a field has several kinds, --PATH.kind
+    Leaves OUT/config.yaml, metrics.jsonl, checkpoints/, loss.png and tokenizer.json; `hybrid-jax
+    report OUT` draws them. Ctrl-C and SIGTERM end the run after the step at hand, with a
+    checkpoint. Where a field has several kinds, --PATH.kind
     chooses one: --schedule.decay.kind Linear, --loss.balance.kind HuggingFaceBalance. Defaults
     below are those of --preset or --config.
 
@@ -49,8 +62,9 @@ class Args(Source):
     that all share, and in its environment JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, or SLURM's variables, or those of a TPU pod, of GKE or of several slices.
 
-    Exit code 0: done, or ended on request; 1: the loss is not a number any more, or another process
-    ended; 2: bad input.
+    Exit code 0: done, or ended by Ctrl-C; 75: ended by SIGTERM, or a step hung: start it again with
+    --resume, as the launchers in scripts/launch do; 1: too many updates in a row were skipped, or
+    another process ended; 2: bad input, or the last checkpoint could not be written.
     """
 
     train: typing.Annotated[TrainConfig, tyro.conf.arg(name="")] = tyro.MISSING
@@ -80,7 +94,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train; 0 when done or stopped on request, 1 if the loss is not a number any more.
+    """Train; 0 when done or interrupted, 75 when stopped by SIGTERM, 1 if the run diverged.
 
     Also 1 if the computation breaks off, as it does when another process ends.
     """
@@ -91,6 +105,7 @@ def run(args: Args) -> int:
     # Before anything asks for a device.
     processes.start()
     from hybrid_jax import training
+    from hybrid_jax.training.stop import START_AGAIN
 
     if "HYBRID_JAX_TRACEBACK" not in os.environ:
         # A checkpoint that cannot be written is one sentence of ours, after 1,400 lines of Orbax's.
@@ -114,14 +129,15 @@ def run(args: Args) -> int:
     except BaseException as error:
         processes.part(_exit_code(error))
         raise
+    code = START_AGAIN if outcome.stopped_by == "SIGTERM" else 0
     if not processes.is_first():
-        return 0
+        return code
     if outcome.stopped_by is not None:
         print(
             f"Stopped by {outcome.stopped_by} after step {outcome.step}; nothing is lost. "
             f"Continue with:\n  {again}"
         )
-        return 0
+        return code
     print(f"Done: {outcome.step} steps, in {args.out}.")
     if outcome.heldout_loss is not None:
         print(
@@ -155,6 +171,10 @@ def _source(argv: list[str], asks_help: bool) -> Source:
 def _base(source: Source, asks_help: bool) -> TrainConfig:
     """The configuration that single options change."""
     base = _stored(source, asks_help)
+    if source.start_from is not None:
+        old_start = base.start or Start(path=source.start_from)
+        start = dataclasses.replace(old_start, path=source.start_from)
+        base = dataclasses.replace(base, start=start)
     if source.mesh is None and source.rules is None:
         return base
     # As without options: all devices on fsdp.
@@ -180,15 +200,24 @@ def _stored(source: Source, asks_help: bool) -> TrainConfig:
         if source.preset is not None:
             raise ValueError("Give --preset or --config, not both: each is a whole configuration.")
     else:
-        if not asks_help and (source.preset is None or source.data is None):
+        if not asks_help and (source.preset is None or not source.data):
             raise ValueError(
                 "A new run needs --preset NAME and --data PATH (or --config FILE); "
                 "--resume continues one that is there."
             )
-        return recipes.get(source.preset or "nano", source.data or "DATA")
-    if source.data is not None:
-        base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=source.data))
+        return _new(source)
+    if source.data:
+        sources = parse_sources(source.data)
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=sources))
     return base
+
+
+def _new(source: Source) -> TrainConfig:
+    """What --preset, --recipe and --budget mean."""
+    preset, sources = source.preset or "nano", parse_sources(source.data or ("DATA",))
+    if source.recipe is None:
+        return recipes.of_preset(preset, sources, source.budget)
+    return recipes.get(source.recipe, presets.get(preset), sources, source.budget)
 
 
 def _take_kinds(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:

@@ -5,7 +5,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hybrid_jax.data import find_documents
+from hybrid_jax.config.data import Source
+from hybrid_jax.data import encoding
 
 # What RULER (arXiv 2404.06654) repeats as noise.
 FILLER = (
@@ -44,13 +45,13 @@ class Haystack:
     def __init__(self, tokenizer: Encoder, path: str | None, longest: int):
         """The text at `path`, or a few sentences repeated until they hold `longest` tokens.
 
-        Raises ValueError if the text holds fewer, and what `data.find_documents` does.
+        Raises ValueError if the text holds fewer, and what `data.encoding.texts` does.
         """
         self._tokenizer = tokenizer
         if path is None:
             text = FILLER * (longest // max(1, len(self.encode(FILLER * 8)) // 8) + 2)
         else:
-            text = "\n".join(document.text for document in find_documents(path)[0])
+            text = "\n".join(encoding.texts(Source(path=path)))
         self._ids = np.array(self.encode(text))
         if len(self._ids) < longest:
             raise ValueError(

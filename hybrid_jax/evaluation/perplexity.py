@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hybrid_jax.config.data import Source
 from hybrid_jax.config.evaluation import Perplexity
-from hybrid_jax.data import Document, TokenStore, WindowIndex, find_documents
+from hybrid_jax.data import TokenStore, WindowIndex, encoding
 from hybrid_jax.evaluation.buckets import by_power_of_two
 from hybrid_jax.evaluation.predictor import Predictor, Tick, silent
 
@@ -28,7 +29,7 @@ def evaluate(
     "last", "nats", "tokens"}]}; positions count the tokens that the predicted one sees, at the
     longest length. Raises ValueError if no document is as long as the longest length.
     """
-    store = shortened(store, settings.tokens)
+    store = store.first(settings.tokens)
     _check_lengths(store, settings.lengths)
     lengths, positions = [], []
     for length in sorted(settings.lengths):
@@ -51,7 +52,7 @@ def evaluate(
 
 def num_rows(store: TokenStore, settings: Perplexity) -> int:
     """Rows that `evaluate` will score in all, for a progress bar; raises what it does."""
-    store = shortened(store, settings.tokens)
+    store = store.first(settings.tokens)
     _check_lengths(store, settings.lengths)
     return sum(
         int(row.segment_ids_BT.max())  # numbered from 1 in each window
@@ -64,29 +65,20 @@ def tokenised(path: str, pattern: str, tokenizer, end_id: int | None, most: int)
     """The documents at `path` as ids, as many as hold `most` predicted tokens.
 
     `tokenizer` is the library's own (`data.tokenizer.read_backend`); with an `end_id` that follows
-    each document. Raises what `data.find_documents` does.
+    each document. Raises FileNotFoundError or ValueError if there is no text.
     """
-    documents: Sequence[Document] = find_documents(path, pattern)[0]
-    pieces, count = [], 0
-    for document in documents:
-        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+    pieces: list[np.ndarray] = []
+    count = 0
+    for text in encoding.texts(Source(path=path, pattern=pattern)):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         pieces.append(np.array(ids if end_id is None else [*ids, end_id], np.uint32))
         count += max(len(pieces[-1]) - 1, 0)
         if count >= most:
             break
+    if not pieces:
+        raise ValueError(f"No text found at {path!r}; give a file or a directory with UTF-8 text.")
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return TokenStore(np.concatenate(pieces), offsets)
-
-
-def shortened(store: TokenStore, most: int) -> TokenStore:
-    """The first documents with `most` predicted tokens; the last one may be cut."""
-    pairs = np.cumsum(np.maximum(np.diff(store.offsets) - 1, 0))
-    last = int(np.searchsorted(pairs, most))
-    if last >= len(pairs):
-        return store
-    offsets = store.offsets[: last + 2].copy()
-    offsets[-1] -= pairs[last] - most
-    return TokenStore(store.ids[: offsets[-1]], offsets)
+    return TokenStore.of(np.concatenate(pieces), offsets)
 
 
 def lines(report: dict) -> list[str]:
@@ -139,7 +131,7 @@ def _segments(window):
 
 
 def _check_lengths(store: TokenStore, lengths: Sequence[int]) -> None:
-    longest = int(np.diff(store.offsets).max(initial=0)) - 1
+    longest = int(store.lengths.max(initial=0)) - 1
     if longest < max(lengths):
         raise ValueError(
             f"No document of the text gives a context of {max(lengths):,} tokens: the longest has "

@@ -12,7 +12,7 @@ def forward_flops(config: ModelConfig, context: float, *, head: bool = True) -> 
     Counted is what the mathematics needs, not what an implementation spends: matrix products of the
     experts a token visits, the decayed sum of lightning attention as a recurrence, and softmax
     over `context` keys a query (half the length for causal attention over a whole sequence). The
-    embedding look-up is free; the head counts if `head`. A training step takes three times as much.
+    embedding look-up is free; the head counts if `head`.
     """
     D = config.hidden_dim
     total = 2.0 * D * config.vocab_size if head else 0.0
@@ -20,6 +20,11 @@ def forward_flops(config: ModelConfig, context: float, *, head: bool = True) -> 
         total += _MIXER_FLOPS[type(layer.mixer)](layer.mixer, D, context)
         total += _FFN_FLOPS[type(layer.ffn)](layer.ffn, D)
     return total
+
+
+def training_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs a token of an update on rows of `length` tokens: a backward pass takes two forward."""
+    return 3.0 * forward_flops(config, length / 2)
 
 
 def _lightning(mixer: layers.LightningAttention, D: int, context: float) -> float:

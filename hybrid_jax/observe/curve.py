@@ -22,7 +22,7 @@ def draw_losses(records: list[dict], path, *, title: str = "", unigram_entropy=N
     axes = figure.add_subplot()
     steps, losses = zip(*train)
     axes.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="training, each step")
-    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=1.8, label="training, mean")
+    axes.plot(steps, running_mean(losses), color="#1f4e8c", linewidth=1.8, label="training, mean")
     if heldout:
         axes.plot(*zip(*heldout), "o-", color="#c4501b", markersize=5, label="held out")
         step, loss = heldout[-1]
@@ -50,7 +50,7 @@ def draw_losses(records: list[dict], path, *, title: str = "", unigram_entropy=N
     figure.savefig(pathlib.Path(path), dpi=130, format="png")
 
 
-def _running_mean(losses) -> list[float]:
+def running_mean(losses) -> list[float]:
     """Exponential mean over a twentieth of the run; over less at first, where loss falls fast."""
     means: list[float] = []
     for idx, loss in enumerate(losses):

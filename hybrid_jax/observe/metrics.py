@@ -7,7 +7,10 @@ import pathlib
 
 
 class MetricsFile:
-    """Appends one line a step; a line is complete on disk before the next step begins."""
+    """Appends one line a step; a line is complete on disk before the next step begins.
+
+    What cannot be written is kept in memory and written when there is room again.
+    """
 
     def __init__(self, path, keep_until_step: int = 0):
         """Drops what a former run wrote after `keep_until_step` (0: everything) and continues."""
@@ -17,15 +20,25 @@ class MetricsFile:
         beside = self._path.with_name(self._path.name + ".new")
         beside.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(beside, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        # No buffer between: what was not written is known to the byte.
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = b""
+        self.problem: OSError | None = None
+        """Why lines are kept in memory at the moment; None if none are."""
 
     def append(self, record: dict) -> None:
-        """Write {"step": ..., name: number, ...}; a number that is not finite becomes null."""
-        self._file.write(_line(record))
-        self._file.flush()
+        """Write {"step": ..., name: number or list of numbers, ...}; what is not finite is null."""
+        self._waiting += _line(record).encode()
+        try:
+            # From where the last attempt broke off, be it within a line.
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self.problem = None
+        except OSError as error:
+            self.problem = error
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
     def __enter__(self):
         return self
@@ -69,8 +82,12 @@ def _parse(line: str) -> dict | None:
 
 
 def _line(record: dict) -> str:
-    safe = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-    return json.dumps(safe, allow_nan=False) + "\n"
+    return json.dumps(_safe(record), allow_nan=False) + "\n"
+
+
+def _safe(value):
+    if isinstance(value, dict):
+        return {name: _safe(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_safe(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

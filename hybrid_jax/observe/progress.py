@@ -14,11 +14,11 @@ _NEWEST = 0.1
 class Progress:
     """Shows how a run goes; used as a context manager around the loop."""
 
-    def __init__(self, total_steps: int, stream=None):
+    def __init__(self, stream=None):
         """`stream` defaults to standard output; a terminal gets one line that is rewritten."""
         stream = sys.stdout if stream is None else stream
         self._console = rich_console.Console(file=stream, highlight=False, soft_wrap=True)
-        self._total = total_steps
+        self._total = 1
         self._step = 0
         self._first_step = 0
         self._seconds_per_step: float | None = None
@@ -37,37 +37,55 @@ class Progress:
             self._live.__exit__(*error)
             self._live = None
 
-    def start(self, step: int) -> None:
-        """Say where a resumed run begins; compiling still counts to its first step."""
+    def start(self, step: int, total_steps: int) -> None:
+        """Say where a run begins or goes on; compiling still counts to its first step."""
         self._step = self._first_step = step
+        self._total = total_steps
 
     def note(self, message: str) -> None:
         """Print a line that stays."""
         self._console.print(message, markup=False)
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Call once after every step."""
+    def update(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_second: float,
+        *,
+        mfu: float | None = None,
+        skipped: int = 0,
+    ) -> None:
+        """Call once after every step; `skipped` counts updates without effect in the whole run."""
         now = time.monotonic()
         if self._last_time is not None and step > self._step:
             seconds = (now - self._last_time) / (step - self._step)
             old = self._seconds_per_step
             self._seconds_per_step = seconds if old is None else old + _NEWEST * (seconds - old)
         self._last_time, self._step = now, step
-        line = self.line(step, loss, tokens_per_second)
+        line = self.line(step, loss, tokens_per_second, mfu, skipped)
         if self._live is not None:
             self._live.update(text.Text(line), refresh=True)
         elif step in (self._first_step + 1, self._total) or self._is_due(now):
             self._console.print(line, markup=False)
             self._last_line = now
 
-    def line(self, step: int, loss: float, tokens_per_second: float) -> str:
+    def line(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_second: float,
+        mfu: float | None = None,
+        skipped: int = 0,
+    ) -> str:
         """The text of the progress line."""
         share = step / self._total
         filled = round(20 * share)
         bar = "━" * filled + "╌" * (20 - filled)
         return (
             f"{bar} step {step}/{self._total} ({share:.0%})  loss {loss:.3f}  "
-            f"{tokens_per_second:,.0f} tokens/s  {self._time_left(step)}"
+            f"{tokens_per_second:,.0f} tokens/s"
+            f"{'' if mfu is None else f' ({mfu:.0%} MFU)'}"
+            f"{f'  {skipped} skipped' if skipped else ''}  {self._time_left(step)}"
         )
 
     def _is_due(self, now: float) -> bool:

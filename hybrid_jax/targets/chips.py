@@ -103,6 +103,14 @@ _GPUS = (
 CHIPS = {chip.name: chip for chip in (*_TPUS, *_GPUS)}
 
 
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of one JAX device of this kind; None for a kind that is not in the table."""
+    for chip in CHIPS.values():
+        if chip.device_kind == device_kind:
+            return chip.bf16_flops / chip.devices
+    return None
+
+
 def parse(target: str) -> tuple[Chip, str]:
     """The chip and the topology of "v5p", "v5p:2x2x1", "h100:8"; ValueError says what there is."""
     name, colon, topology = target.partition(":")

@@ -5,6 +5,7 @@ Every function takes the `Routing` of a whole model: sums over real tokens, stac
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax.config import training as config_lib
 from hybrid_jax.model.ffn.router import Routing
@@ -39,6 +40,17 @@ def hugging_face_balance_loss(routing: Routing) -> jax.Array:
 def router_z_loss(routing: Routing) -> jax.Array:
     """Mean over tokens of the squared log-normaliser of each router, summed over layers."""
     return jnp.sum(routing.logsumexp_squared) / _tokens(routing)
+
+
+def load_entropy(hits_LE: jax.Array) -> jax.Array:
+    """Entropy of the layer whose experts share the load least evenly, over that of an even load.
+
+    1 if all experts of all layers get as many choices, 0 if some layer's all fall on one expert.
+    """
+    E = hits_LE.shape[-1]
+    share_LE = hits_LE / jnp.maximum(jnp.sum(hits_LE, axis=-1, keepdims=True), 1.0)
+    terms_LE = share_LE * jnp.log(jnp.where(share_LE > 0, share_LE, 1.0))
+    return jnp.min(-jnp.sum(terms_LE, axis=-1)) / np.log(max(E, 2))
 
 
 def _tokens(routing: Routing):

@@ -7,6 +7,9 @@ import jax
 
 from sharding.agreement import Largest
 
+# EX_TEMPFAIL of sysexits.h, for a process that its launcher should start again.
+START_AGAIN = 75
+
 
 class StopSignal:
     """While active, SIGINT and SIGTERM ask for an end instead of killing; a second one interrupts.

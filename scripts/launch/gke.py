@@ -5,7 +5,8 @@
 
 One Job is one slice (one node pool), one pod is one host, one process a pod. TPU pods find one
 another by what GKE puts into their environment, GPU pods by what stands in the manifest. When a pod
-fails all are started again, and the run goes on where its last checkpoint is.
+fails (exit code 75 included: it was asked to stop, or a step hung) all are started again, and the
+run goes on where its last checkpoint is.
 
 Names of fields: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and the type definitions
 in https://github.com/kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go (08dfbdfd).
@@ -331,7 +332,11 @@ _Dumper.add_representer(
 
 def to_yaml(tree: dict) -> str:
     """The manifest as kubectl reads it."""
-    head = "# Made by scripts/launch/gke.py. What each pod runs is in pod.sh and resume.sh.\n"
+    head = (
+        "# Made by scripts/launch/gke.py. What each pod runs is in pod.sh and resume.sh. When\n"
+        "# one fails, be it with exit code 75 (asked to stop, or a step hung), all are started\n"
+        "# again and the run resumes.\n"
+    )
     return head + yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=1 << 16)
 
 

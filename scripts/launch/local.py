@@ -27,6 +27,8 @@ import tyro
 # How long the others have to end once one has failed. They can hardly use it: a step that exchanges
 # anything with the one that is gone does not end.
 GRACE_SECONDS = 10.0
+# Of one that ended in order, to be started again: the others do the same by themselves.
+_START_AGAIN = 75
 _POLL_SECONDS = 0.05
 _LINES_SHOWN = 15
 # A closed terminal asks to stop as well; Python has no handler of its own for it.
@@ -43,8 +45,9 @@ class Args:
     """Start processes on this machine that train together. What they run comes after `--`.
 
     Ctrl-C or SIGTERM asks all of them to stop, a second one insists, a third one kills. Exit code:
-    0 if all ended well, that of the first that failed (128 and the signal's number if a signal
-    ended it), 2 for bad input."""
+    0 if all ended well, 75 if they ended so that a start with --resume goes on (SIGTERM, or a step
+    that hung), that of the first that failed (128 and the signal's number if a signal ended it), 2
+    for bad input."""
 
     command: tyro.conf.Positional[tuple[str, ...]] = ()
     """What each runs; `train` means `hybrid-jax train`."""
@@ -76,6 +79,7 @@ def main(argv: list[str]) -> int:
         args = tyro.cli(Args, args=argv, prog="local.py")
         processes = plan(args, os.environ)
         if args.dry_run:
+            print(f"# ends with exit code {_START_AGAIN} if a start with --resume should go on")
             for index, process in enumerate(processes):
                 print(f"# process {index} of {args.processes}")
                 assignments = [f"{name}={value}" for name, value in process.environment.items()]
@@ -179,7 +183,7 @@ class Group:
             finally:
                 self._end()
         if failed is None:
-            return 0
+            return max(child.returncode for child in self._children)
         code = self._children[failed].returncode
         return code if code > 0 else 128 - code
 
@@ -217,11 +221,12 @@ class Group:
             files.callback(shown.join, 1.0)
 
     def _first_failure(self) -> int | None:
-        """Wait until all have ended, or one has failed: which."""
+        """Wait until all have ended in order, or one has failed: which."""
         while True:
             self._pass_on()
             codes = [child.poll() for child in self._children]
-            failed = next((index for index, code in enumerate(codes) if code), None)
+            bad = (index for index, code in enumerate(codes) if code not in (None, 0, _START_AGAIN))
+            failed = next(bad, None)
             if failed is not None:
                 self._report(failed)
                 return failed

@@ -1,9 +1,9 @@
 # The first process of a pod: it runs what comes after the text of resume.sh by that text, passes on
-# Kubernetes' request to stop, and then fails on purpose.
+# Kubernetes' request to stop, and fails if it was asked to.
 #
-# A run that was asked to stop ends well, and a pod that ends well is done for Kubernetes: the rest of
-# the job set would be waited for, or all of it called complete, with the run half-way. As a failure
-# it is what it should be, a reason to start the job set again.
+# A run that was asked to stop, or whose step hung, ends with exit code 75, which to Kubernetes is a
+# failure, and so a reason to start the job set again. Whatever ends well after the request has to fail
+# here: a pod that ends well is done, and the job set would be called complete half-way.
 resume=$1
 shift
 child='' stopped=''

@@ -14,11 +14,12 @@
 # `bash scripts/launch/slurm.sh --dry-run train ...` prints what srun would run, here or anywhere.
 # Ten minutes before the time is up, and when the job is preempted, Slurm asks the processes to stop
 # (--signal without B:, and GraceTime: https://slurm.schedmd.com/sbatch.html and preempt.html); they
-# leave a checkpoint, the job is queued again, and the run is resumed. Leave --signal as it is.
+# leave a checkpoint and end with exit code 75, as they do when a step hangs. The job is then queued
+# again, and the run is resumed.
 set -euo pipefail
 
-# The signal of the line above, and the minute that Slurm may be early.
-SECONDS_AHEAD=660
+# EX_TEMPFAIL: the run ended so that it should be started again.
+START_AGAIN=75
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -49,8 +50,9 @@ if [ -x .venv/bin/hybrid-jax ]; then environment+=("PATH=$PWD/.venv/bin:$PATH");
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
   environment+=("SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
 fi
-# One that fails ends the others, which would wait for it.
-step=(srun --kill-on-bad-exit=1)
+# One that fails ends the others, which would wait for it: by itself within a minute, by srun after
+# ten. Not at once: the first process to end with 75 would have srun kill those that still write.
+step=(srun --kill-on-bad-exit=0 --wait=600)
 gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_NTASKS_PER_NODE:-1}
 if [ "$gpus" -gt 0 ] && [ "$tasks" -ne 1 ] && [ "$tasks" -ne "$gpus" ]; then
   die "$tasks tasks for the $gpus GPUs of a node; set --ntasks-per-node to 1 or $gpus."
@@ -60,21 +62,13 @@ step+=(sh scripts/launch/resume.sh "$@")
 if [ -n "$dry_run" ]; then
   printf '%q ' env "${environment[@]}" "${step[@]}"
   printf '\n'
+  echo "# and if that ends with exit code $START_AGAIN: scontrol requeue JOB, which resumes the run"
   exit 0
 fi
 status=0
 env "${environment[@]}" "${step[@]}" || status=$?
-# A run that was asked to stop ends well, as one that is done does; the job's end tells them apart: it
-# is close, or a preemption has moved it up. (If the run was done just then, the next start finds
-# nothing left to do.)
-planned=${SLURM_JOB_END_TIME:-}
-if [ "$status" -eq 0 ] && [ -n "$planned" ]; then
-  end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) || end=''
-  # To `date`, no time at all is midnight.
-  end=$(date -d "${end:-none}" +%s) || end=$planned
-  if [ "$end" -lt "$planned" ] || [ "$(date +%s)" -ge $((end - SECONDS_AHEAD)) ]; then
-    echo "The run was asked to stop; the job is queued again and will resume it."
-    scontrol requeue "$SLURM_JOB_ID"
-  fi
+if [ "$status" -eq "$START_AGAIN" ]; then
+  echo "The run ended to be continued; the job is queued again and will resume it."
+  scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -36,6 +36,8 @@ _RUNTIMES = {
 # (/v5e and /v6e), which have one TensorCore.
 _TYPES = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 _POLL_SECONDS = 30.0
+# Exit code of a run that ended so that it should be started again.
+_START_AGAIN = 75
 # https://cloud.google.com/tpu/docs/queued-resources: a request in one of these stays there.
 _HOPELESS = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 _FOLDER = "hybrid-jax"
@@ -45,7 +47,8 @@ _FOLDER = "hybrid-jax"
 class Args:
     """Run on TPU VMs. What each host runs comes after `--`.
 
-    Exit code: that of the run, or of the step that failed; 2 for bad input."""
+    A run that ends with exit code 75 (a host was asked to stop, or a step hung) is started again
+    and resumes. Exit code: that of the run, or of the step that failed; 2 for bad input."""
 
     name: str
     """Of the queued resource, and of its nodes."""
@@ -65,6 +68,8 @@ class Args:
     """Cloud Storage bucket to mount on every host, for the run and its data."""
     mount: str = "/data"
     """Where that is mounted."""
+    max_restarts: int = 20
+    """How often the run is started again."""
     dry_run: bool = False
     """Print every command, and run none."""
 
@@ -155,7 +160,10 @@ class Plan:
         """The run itself, on all hosts at once."""
         words = shlex.join(["sh", "scripts/launch/resume.sh", *self.args.command])
         script = f'cd {_FOLDER} && PATH="$PWD/.venv/bin:$PATH" {words}'
-        return Step("Run on every host", self._everywhere(script))
+        return Step(
+            f"Run on every host; again, which resumes it, if it ends with {_START_AGAIN}",
+            self._everywhere(script),
+        )
 
     def run(self, archive: pathlib.Path) -> int:
         """Do it; the exit code of what failed, or of the run."""
@@ -171,9 +179,15 @@ class Plan:
                 return 1
             print(f"{self.args.name}: {state}", flush=True)
             time.sleep(_POLL_SECONDS)
-        for step in (*self.prepare(archive), self.start):
+        for step in self.prepare(archive):
             if code := _call(step):
                 return code
+        restarts = 0
+        while code := _call(self.start):
+            if code != _START_AGAIN or restarts == self.args.max_restarts:
+                return code
+            restarts += 1
+            print(f"It ended to be continued; start {restarts} of at most {self.args.max_restarts}")
         print(f"Done. The machines stay, and cost, until you delete them:\n  {self._delete}")
         return 0
 

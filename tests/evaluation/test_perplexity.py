@@ -5,10 +5,9 @@ import pytest
 
 from hybrid_jax import model as models
 from hybrid_jax.config.evaluation import Perplexity
-from hybrid_jax.data import TokenStore, WindowIndex
+from hybrid_jax.data import Part, TokenStore
 from hybrid_jax.evaluation import ModelPredictor, perplexity
-from hybrid_jax.training.evaluate import heldout_loss
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.evaluate import Heldout
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.step import make_evaluation_step
 from tests.evaluation import handmade
@@ -17,7 +16,7 @@ from tests.training import small
 
 def store(*lengths: int, vocab_size=small.VOCAB) -> TokenStore:
     ids = np.random.default_rng(0).integers(0, vocab_size, sum(lengths)).astype(np.uint16)
-    return TokenStore(ids, np.cumsum([0, *lengths]))
+    return TokenStore.of(ids, np.cumsum([0, *lengths]))
 
 
 def test_at_the_runs_length_it_is_the_runs_held_out_loss():
@@ -25,12 +24,9 @@ def test_at_the_runs_length_it_is_the_runs_held_out_loss():
     config = small.small_run(model=small.small_model(initializer_range=0.3))
     texts, skeleton = store(70, 1, 9, 130, 33), Skeleton(config.model)
     model = models.build(config.model, seed=1)
-    wanted = heldout_loss(
-        make_evaluation_step(config, skeleton),
-        skeleton.named(model),
-        WindowIndex(texts, 32, seed=None),
-        Feed(None, 4, 32),
-    )
+    heldout = Heldout(config, (Part(config.data.sources[0], texts, texts),), None)
+    losses = heldout.losses(make_evaluation_step(config, skeleton), skeleton.named(model))
+    wanted = losses["heldout_loss"]
     report = perplexity.evaluate(ModelPredictor(model), texts, Perplexity(lengths=(32, 64)))
     (at_32, at_64) = report["lengths"]
     # Two float32 sums over the same tokens, in another order.
@@ -45,7 +41,7 @@ def test_at_the_runs_length_it_is_the_runs_held_out_loss():
 def test_positions_count_what_the_predicted_token_sees():
     # Right only where it has seen four tokens or fewer, all alike: one document of equal tokens.
     ids = np.full(17, 5, np.uint16)
-    one = TokenStore(ids, np.array([0, 17]))
+    one = TokenStore.of(ids, np.array([0, 17]))
 
     def best(tokens_T):
         return np.where(np.arange(len(tokens_T)) < 4, 5, 0)
@@ -67,11 +63,11 @@ def test_positions_count_what_the_predicted_token_sees():
 
 def test_text_is_cut_to_the_tokens_asked_for():
     texts = store(10, 20, 30)
-    cut = perplexity.shortened(texts, 15)
-    assert np.diff(cut.offsets).tolist() == [10, 7]
-    np.testing.assert_array_equal(cut.ids, texts.ids[:17])
-    assert perplexity.shortened(texts, 9 + 19).offsets.tolist() == [0, 10, 30]
-    assert perplexity.shortened(texts, 1000) is texts
+    cut = texts.first(15)
+    assert cut.lengths.tolist() == [10, 7]
+    np.testing.assert_array_equal(cut.read(1, 0, 7)[0], texts.read(1, 0, 7)[0])
+    assert texts.first(9 + 19).lengths.tolist() == [10, 20]
+    assert texts.first(1000) is texts
 
 
 def test_text_without_so_long_a_document_is_an_error():

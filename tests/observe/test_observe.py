@@ -38,17 +38,20 @@ def test_progress_off_a_terminal_is_lines_with_loss_speed_and_time_left(monkeypa
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     out = io.StringIO()
-    with observe.Progress(100, stream=out) as progress:
-        progress.start(90)
+    with observe.Progress(out) as progress:
+        progress.start(90, 100)
         progress.note("[square brackets] stay")
         for step in range(91, 101):
-            progress.update(step, 4.5678, 1234.5)
+            progress.update(
+                step, 4.5678, 1234.5, mfu=0.417 if step == 100 else None, skipped=step // 95
+            )
     lines = out.getvalue().splitlines()
     assert lines[0] == "[square brackets] stay"
     assert "step 91/100 (91%)  loss 4.568  1,234 tokens/s  time left: measuring" in lines[1]
     # 4 s a step; a line at most every 10 s, and always the last.
     assert "step 94/100 (94%)" in lines[2] and lines[2].endswith("0:24 left")
-    assert lines[-1].endswith("done") and len(lines) == 5
+    assert "tokens/s (42% MFU)  1 skipped  done" in lines[-1] and len(lines) == 5
+    assert "skipped" not in lines[2]
     assert "\x1b" not in out.getvalue()
 
 

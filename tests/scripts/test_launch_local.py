@@ -114,6 +114,14 @@ def test_process_0_is_shown_and_both_are_logged(tmp_path):
     assert out.splitlines()[1:] == logs[0].splitlines()
 
 
+def test_who_ends_to_be_continued_does_not_end_the_others(tmp_path):
+    """The first process may still write the checkpoint that they are to continue from."""
+    slow = "import os, time; time.sleep(int(os.environ['JAX_PROCESS_ID']) == 0); "
+    launcher = start(tmp_path, *program(slow + "print('written', flush=True); os._exit(75)"))
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err) == (75, "") and "written" in out
+
+
 # Counts requests to stop until none has come for half a second.
 COUNTING = """
 import os, signal, time

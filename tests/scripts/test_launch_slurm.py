@@ -3,9 +3,7 @@
 import os
 import pathlib
 import re
-import shlex
 import subprocess
-import time
 
 import pytest
 
@@ -14,6 +12,7 @@ from tests.scripts.recorder import Recorder
 
 SCRIPT = "scripts/launch/slurm.sh"
 TRAIN = ["train", "--preset", "nano", "--mesh", "fsdp=16"]
+STEP = "--kill-on-bad-exit=0 --wait=600 sh scripts/launch/resume.sh"
 # Runs the command behind its options once, as one of its tasks.
 SRUN = """
 words = sys.argv[1:]
@@ -25,7 +24,7 @@ sys.exit(os.spawnvp(os.P_WAIT, words[0], words))
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A job of one node with 8 GPUs and an hour left, submitted from a folder with odd letters."""
+    """A job of one node with 8 GPUs, submitted from a folder with odd letters."""
     folder = tmp_path / 'it\'s a "folder" $HOME'
     (folder / "scripts" / "launch").mkdir(parents=True)
     for name in ("slurm.sh", "resume.sh"):
@@ -37,12 +36,10 @@ def slurm(tmp_path, monkeypatch):
     programs = Recorder(tmp_path, monkeypatch)
     programs.add("srun", SRUN)
     programs.add("scontrol")
-    programs.add("squeue", "sys.exit(1)")
     programs.add("hybrid-jax")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     return programs
 
 
@@ -58,7 +55,14 @@ def test_one_process_a_node_or_a_gpu(tasks, slurm, monkeypatch):
     assert run(*TRAIN, "--out", "runs/a").returncode == 0
     (srun,) = slurm.calls("srun")
     resume = ["sh", "scripts/launch/resume.sh"]
-    assert srun["argv"] == ["--kill-on-bad-exit=1", *resume, *TRAIN, "--out", "runs/a"]
+    assert srun["argv"] == [
+        "--kill-on-bad-exit=0",
+        "--wait=600",
+        *resume,
+        *TRAIN,
+        "--out",
+        "runs/a",
+    ]
     assert srun["environment"]["SRUN_CPUS_PER_TASK"] == "64"
     assert not slurm.calls("scontrol")
 
@@ -78,43 +82,20 @@ def test_a_run_that_is_there_is_resumed(slurm):
         (out / "config.yaml").unlink()
 
 
-@pytest.mark.parametrize(
-    ("planned", "now", "code", "requeued"),
-    [
-        # Done with an hour left, asked to stop ahead of the end, and failed just then.
-        (3600, 3600, 0, False),
-        (600, 600, 0, True),
-        (600, 600, 3, False),
-        # A preemption has moved the end up; an administrator has put it off.
-        (36000, 3600, 0, True),
-        (600, 36000, 0, False),
-        # Slurm does not say.
-        (3600, None, 0, False),
-        (600, None, 0, True),
-    ],
-)
-def test_a_run_that_was_asked_to_stop_is_queued_again(
-    planned, now, code, requeued, slurm, monkeypatch
-):
-    """One that failed is not: it would fail again."""
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (3, False), (137, False)])
+def test_a_run_that_ended_to_be_continued_is_queued_again(code, requeued, slurm):
+    """One that is done has nothing left to do; one that failed would fail again."""
     slurm.add("hybrid-jax", f"sys.exit({code})")
-    begin = int(time.time())
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(begin + planned))
-    if now is not None:
-        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(begin + now))
-        slurm.add("squeue", f"print({end!r})")
     assert run(*TRAIN).returncode == code
     expected = [["requeue", "12"]] if requeued else []
     assert [call["argv"] for call in slurm.calls("scontrol")] == expected
 
 
-def test_the_requeue_waits_for_the_signal_of_the_header():
-    """Else a run that was asked to stop would be taken for one that is done."""
+def test_the_header_asks_the_processes_to_stop_in_time():
     text = (ROOT / SCRIPT).read_text()
     header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", text, re.MULTILINE))
-    signal, seconds = header["signal"].split("@")
-    (ahead,) = re.findall(r"^SECONDS_AHEAD=(\d+)$", text, re.MULTILINE)
-    assert signal == "TERM" and int(ahead) == int(seconds) + 60
+    # To the processes, not to the batch script (B:), and with SIGTERM, which ends them with 75.
+    assert header["signal"] == "TERM@600"
     assert header["open-mode"] == "append" and "\n#SBATCH --requeue\n" in text
     # Slurm reads no further than the first command.
     assert text.index("set -euo") > text.rindex("#SBATCH")
@@ -126,12 +107,13 @@ def test_a_dry_run_prints_what_would_be_run(slurm, monkeypatch):
     words = [*TRAIN, "--out", """runs/it's "mine" $HOME"""]
     result = run("--dry-run", *words)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "exit code 75: scontrol requeue" in result.stdout
     assert not slurm.calls("srun")
     # Read as a shell would, and run.
     assert subprocess.run(["bash", "-c", result.stdout], timeout=60).returncode == 0
     (srun,) = slurm.calls("srun")
     assert srun["environment"]["SRUN_CPUS_PER_TASK"] == "4"
-    assert srun["argv"] == shlex.split("--kill-on-bad-exit=1 sh scripts/launch/resume.sh") + words
+    assert srun["argv"] == [*STEP.split(), *words]
 
 
 def test_bad_input_says_what_to_do(slurm, monkeypatch, tmp_path):

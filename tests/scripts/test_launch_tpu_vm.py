@@ -135,6 +135,22 @@ def test_a_step_that_fails_is_the_last(states, broken, code, last, message, clou
     assert verbs(programs)[-1] == last and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("restarts", "runs"), [("2", 3), ("0", 1)])
+def test_a_run_that_ended_to_be_continued_is_started_again(restarts, runs, cloud, monkeypatch):
+    """So often and no more, with nothing installed again. Who stopped it may mean it for good."""
+    cloud("ACTIVE", "ACTIVE")
+    started = []
+
+    def call(step):
+        started.append(step.comment.startswith("Run on every host"))
+        return 75 if started[-1] else 0
+
+    monkeypatch.setattr(tpu_vm, "_call", call)
+    arguments = options("v6e:2x2", "--max-restarts", restarts, "--", *TRAIN)
+    assert tpu_vm.main(arguments) == 75
+    assert started == [False] * 3 + [True] * runs
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

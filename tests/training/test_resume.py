@@ -1,5 +1,7 @@
 """A run that was interrupted, however rudely, ends with the same bits as one that was not."""
 
+import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -15,31 +17,20 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import observe, training
+from hybrid_jax import data, observe, training
 from hybrid_jax.config import text
+from hybrid_jax.config import training as t
+from hybrid_jax.config.data import Source
+from hybrid_jax.config.faults import Faults
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import abstract_state
+from tests.sharding import together
 from tests.training import small
 
-TIMES = ("seconds", "tokens_per_second")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run here compiles the same programs: keep them on disk, for other processes too."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compiled_once")
+MEASURED = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +48,33 @@ def whole(config, tmp_path_factory):
 
 
 def everything(config, path):
-    """(arrays of the newest checkpoint, position, metrics without times)."""
+    """(arrays of the newest checkpoint, position, metrics without what is measured)."""
     skeleton = Skeleton(config.model)
     abstract = abstract_state(skeleton, Optimizer(config, skeleton.axes))
     with CheckpointStore.reading(path / "checkpoints") as checkpoints:
         restored = checkpoints.restore(abstract)
     records = [
-        {name: value for name, value in record.items() if name not in TIMES}
+        {name: value for name, value in record.items() if name not in MEASURED}
         for record in observe.read_metrics(path / "metrics.jsonl")
     ]
     return jax.tree.map(np.asarray, restored.state), restored.position, records
 
 
+def bits(state) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(leaf.tobytes()).hexdigest()
+        for path, leaf in leaves
+    }
+
+
 def assert_same_run(config, path, whole):
     state, position, records = everything(config, path)
     wanted_state, wanted_position, wanted_records = everything(config, whole)
-    jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
-    assert position == wanted_position == 8
+    # Bits, which tell 0 from -0.
+    assert bits(state) == bits(wanted_state)
+    assert position == wanted_position and position["batches"] == config.steps
+    assert [record["step"] for record in records] == list(range(1, config.steps + 1))
     assert records == wanted_records
 
 
@@ -139,6 +140,45 @@ def test_kill_dash_nine_and_a_torn_metrics_file_lose_nothing(
     assert not (path / "checkpoints" / "7.orbax-checkpoint-tmp").exists()
 
 
+def killed_and_resumed(config, path, kills: int, environment) -> list:
+    """How each of `kills` + 1 starts of a run was to be killed, and its exit code."""
+    options = path.with_suffix(".yaml")
+    text.write_yaml(config, options)
+    command = [sys.executable, "-m", "tests.training.dying", "runs", options, path, "1", str(kills)]
+    ended = subprocess.run(
+        command,
+        env=os.environ | environment | {"XLA_FLAGS": "", "PYTHONPATH": str(together.ROOT)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(ended.stdout)
+
+
+def test_killed_five_times_in_its_saves_a_run_ends_with_the_same_bits(
+    config, whole, tmp_path, compiled_once
+):
+    path = tmp_path / "run"
+    often = dataclasses.replace(config, checkpoints=t.Checkpoints(every=1, keep=2))
+    ends = killed_and_resumed(often, path, 5, compiled_once)
+    assert [code for _, code in ends] == [-9] * 5 + [0], ends
+    assert_same_run(config, path, whole)
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["7", "8"]
+
+
+@pytest.mark.nightly
+def test_killed_fifty_times_a_run_ends_with_the_same_bits(config, tmp_path, compiled_once):
+    often = dataclasses.replace(
+        config,
+        steps=120,
+        checkpoints=t.Checkpoints(every=1, keep=2),
+        evaluation=t.Evaluation(every=120),
+    )
+    small.train(often, tmp_path / "whole", stream=io.StringIO())
+    ends = killed_and_resumed(often, tmp_path / "run", 50, compiled_once)
+    assert [code for _, code in ends] == [-9] * 50 + [0], ends
+    assert_same_run(often, tmp_path / "run", tmp_path / "whole")
+
+
 def test_more_steps_are_allowed_and_anything_else_is_named(config, whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
@@ -166,8 +206,11 @@ def test_a_loss_that_is_no_number_stops_the_run(config, whole, tmp_path):
         state, position, fingerprint = checkpoints.restore(abstract)
         state.params["norm.scale"] = state.params["norm.scale"] * np.float32("nan")
         checkpoints.save(7, state, position, fingerprint)
-    with pytest.raises(training.Diverged, match=r"Step 8: loss nan.*checkpoint is .*/7"):
-        small.train(config, path, resume=True, stream=io.StringIO())
+    # What is to happen on faults may change; the run is the same.
+    strict = dataclasses.replace(config, faults=Faults(max_skips_in_a_row=1))
+    words = r"Step 8: loss nan.*batches is .*/step-8\.npz; the newest checkpoint is .*/7\."
+    with pytest.raises(training.Diverged, match=words):
+        small.train(strict, path, resume=True, stream=io.StringIO())
     assert [p.name for p in sorted((path / "checkpoints").iterdir())] == ["6", "7"]
 
 
@@ -189,7 +232,7 @@ def test_a_full_disk_is_one_sentence_and_spares_older_checkpoints(config, whole,
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             absl.setLevel(logging.NOTSET)
-    assert everything(config, path)[1] == 8
+    assert everything(config, path)[1]["batches"] == 8
 
 
 def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
@@ -201,14 +244,17 @@ def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
 def test_other_data_than_the_checkpoint_was_made_with_is_refused(config, whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
-    facts = json.loads((path / "tokens" / "training.json").read_text())
-    ids = np.load(path / "tokens" / "training.ids.npy")
+    tokens = path / "tokens" / "00"
+    ids = np.load(tokens / "shards" / "00000.ids.npy")
     ids[5] += 1
-    np.save(path / "tokens" / "training.ids.npy", ids)
-    assert facts["tokens"] == len(ids)
-    with pytest.raises(ValueError, match="belongs to other data"):
+    np.save(tokens / "shards" / "00000.ids.npy", ids)
+    with pytest.raises(ValueError, match=r"00000 is damaged \(checksum\). Delete .*tokenise again"):
         small.train(config, path, resume=True, stream=io.StringIO())
-    ids[5] = 60000
-    np.save(path / "tokens" / "training.ids.npy", ids)
-    with pytest.raises(ValueError, match=r"training text: document 0 holds token id 60000"):
+    # Whole and sound, but of another text.
+    shutil.rmtree(tokens)
+    (tmp_path / "other").mkdir()
+    small.write_text(tmp_path / "other", documents=11)
+    tokenizer = data.Tokenizer.load(path / "tokenizer.json")
+    data.prepare(Source(path=str(tmp_path / "other")), tokens, tokenizer)
+    with pytest.raises(ValueError, match="belongs to other data"):
         small.train(config, path, resume=True, stream=io.StringIO())
