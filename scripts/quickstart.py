@@ -24,6 +24,7 @@ import tyro
 import hybrid_jax
 from hybrid_jax import data, observe
 from hybrid_jax.config import recipes
+from hybrid_jax.config.data import parse_sources
 from hybrid_jax.data.tokenizer import write_hugging_face
 from hybrid_jax.parity import measure, oracles, ours, report
 from hybrid_jax.parity import run as parity
@@ -61,10 +62,11 @@ def main() -> int:
         raise SystemExit(f"{run} is no run, it is or holds {strange}; choose another --out.")
     shutil.rmtree(run, ignore_errors=True)
     corpus = sysconfig.get_paths()["stdlib"]
-    steps = args.steps or recipes.get("quickstart", corpus).steps
+    steps = args.steps or recipes.of_preset("quickstart", parse_sources([corpus])).steps
     say("Training on the Python standard library; interrupted, on purpose, before it is done.")
-    new = ["--preset", "quickstart", "--data", corpus, "--data.pattern", "*.py", "--steps"]
-    train(run, [*new, str(steps), "--data.exclude", *NOT_WANTED], max(1, min(30, steps // 4)))
+    new = ["--preset", "quickstart", "--steps", str(steps), "--data", corpus]
+    new += ["--data.sources.0.pattern", "*.py", "--data.sources.0.exclude", *NOT_WANTED]
+    train(run, new, max(1, min(30, steps // 4)))
     if args.steps is None:
         seconds = [record["seconds"] for record in observe.read_metrics(run / "metrics.jsonl")]
         affordable = int(args.minutes * 60 / statistics.median(seconds))
@@ -76,7 +78,8 @@ def main() -> int:
     hybrid_jax.save(hybrid_jax.load(run), export, format="hf")
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     write_hugging_face(tokenizer, export)
-    heldout = data.WindowIndex(data.TokenStore.load(run / "tokens", "heldout"), 256, seed=None)
+    dataset = data.open_dataset(run / "tokens" / "00")
+    heldout = data.WindowIndex(dataset.heldout, 256, seed=None)
     say("Loading the export again, and continuing a prompt.")
     agree = compare(export, tokenizer, heldout)
 

@@ -29,5 +29,7 @@ class Logical(enum.Enum):
     """Experts of a mixture (E)."""
     FFN = "ffn"
     """Hidden width of a feed-forward (F)."""
+    RANK = "rank"
+    """Between the two matrices of a low-rank correction; small, and never split."""
     VOCAB = "vocab"
     """Words of the vocabulary (W)."""

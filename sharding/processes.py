@@ -99,6 +99,16 @@ def from_first(make: Callable[[], str]) -> str:
     return found["value"]
 
 
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order; each waits for the others."""
+    if jax.process_count() == 1:
+        return [text]
+    folder = f"hybrid_jax/gather/{next(_names)}"
+    _client().key_value_set(f"{folder}/{jax.process_index():06d}", text)
+    _client().wait_at_barrier(folder, _WAIT_MS)
+    return [said for _, said in sorted(_client().key_value_dir_get(folder))]
+
+
 def all_pass(check: Callable[[], None]) -> None:
     """Run `check` in every process; return when it has passed in all.
 
@@ -106,17 +116,15 @@ def all_pass(check: Callable[[], None]) -> None:
     """
     if jax.process_count() == 1:
         return check()
-    folder, said = f"hybrid_jax/all_pass/{next(_names)}", ""
-    key = f"{folder}/{jax.process_index():06d}"
+    said, texts = "", []
     try:
         check()
     except BaseException as error:
         said = f"process {jax.process_index()}: {str(error) or repr(error)}"
         raise
     finally:
-        _client().key_value_set(key, said)
-        _client().wait_at_barrier(folder, _WAIT_MS)
-    errors = [text for _, text in sorted(_client().key_value_dir_get(folder)) if text]
+        texts = gather(said)
+    errors = [text for text in texts if text]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ValueError(f"{errors[0]}{more}")

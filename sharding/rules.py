@@ -45,8 +45,8 @@ class Rules:
         for logical, size in zip(axes, shape, strict=True):
             if logical is not Logical.MODEL and logical in table:
                 table[logical] = self._dividing(logical, table[logical], size, mesh)
-        of_experts = self._table(axes) is self.experts
-        if of_experts and axes.index(Logical.FFN) < axes.index(Logical.MODEL):
+        is_matrix = self._table(axes) is self.experts and Logical.RANK not in axes
+        if is_matrix and axes.index(Logical.FFN) < axes.index(Logical.MODEL):
             rows = table.get(Logical.FFN, ()) + table.get(Logical.MODEL, ())
             count = math.prod(mesh.sizes[axis] for axis in rows)
             if shape[axes.index(Logical.FFN)] % count == 0:
@@ -78,7 +78,9 @@ class Rules:
         return split
 
     def _table(self, axes: Sequence[Logical]) -> Table:
-        return self.experts if Logical.EXPERTS in axes and Logical.FFN in axes else self.parameters
+        if Logical.EXPERTS in axes and (Logical.FFN in axes or Logical.RANK in axes):
+            return self.experts
+        return self.parameters
 
 
 def _spec(table: Table, axes, shape, mesh: MeshShape, name: str) -> PartitionSpec:

@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_jax import checkpoint, inference
 from hybrid_jax import model as model_lib
 from hybrid_jax.bench.tasks import Clock, Result
-from hybrid_jax.config import layers, training
+from hybrid_jax.config import data, layers, training
 from hybrid_jax.config.model import ModelConfig, fold_layers
 from hybrid_jax.data import Batch
 from hybrid_jax.training import step as step_lib
@@ -27,7 +27,7 @@ class Ours:
         model_config = dataclasses.replace(self.model.config, scan_layers=False)
         config = training.TrainConfig(
             model=model_config,
-            data=training.Text(path="unused"),
+            data=data.text("unused"),
             steps=10_000,
             # As the other side: cross-entropy alone. The rate is too small to move the weights.
             schedule=training.Schedule(peak=1e-8, warmup_steps=0, decay=training.Constant()),

@@ -13,7 +13,7 @@ from hybrid_jax.checkpoint.formats.protocol import TAGS, Sink, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
-from hybrid_jax.checkpoint.opened import Checkpoint, open_checkpoint
+from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
@@ -24,7 +24,8 @@ def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.M
 
     Args:
         path: Hugging Face directory (released names, transformers' `minimax`, M2; FP8 is
-            multiplied with its scales) or Orbax as `save` and `convert` write it.
+            multiplied with its scales), Orbax as `save` and `convert` write it, or a training run,
+            whose newest good checkpoint is taken.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
         check_finite: Refuse NaN and infinite weights.
 
@@ -34,12 +35,9 @@ def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.M
     dtypes = model_lib.Dtypes(parameters=dtype, compute=dtype)
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(checkpoint.config, dtypes=dtypes)
-        by_leaf: dict[str, list] = {}
-        for rule in checkpoint.rules.values():
-            by_leaf.setdefault(rule.leaf, []).append(rule)
 
         def read(leaf: str, shape, leaf_dtype: np.dtype) -> np.ndarray:
-            return _read_leaf(checkpoint, by_leaf[leaf], shape, leaf_dtype, check_finite)
+            return checkpoint.read_leaf(leaf, shape, leaf_dtype, check_finite)
 
         return leaves.fill(config, read)
 
@@ -96,13 +94,3 @@ def save(
                 write(rule.name, rule.from_block(block))
             for name, (info, layer_idx) in tables.items():
                 write(name, decay_tables.table(name, config, layer_idx, info.shape))
-
-
-def _read_leaf(checkpoint: Checkpoint, rules, shape, dtype: np.dtype, check_finite) -> np.ndarray:
-    array = np.empty(shape, dtype)
-    by_name = {rule.name: rule for rule in rules}
-    read = checkpoint.read(by_name, dequantize=True, check_finite=check_finite)
-    for name, stored in read:
-        rule = by_name[name]
-        array[rule.slices()] = rule.to_block(stored).astype(dtype)
-    return array

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def new_directory(path, *, overwrite: bool = False):
         # mkdtemp makes it private; a checkpoint is as public as its parent lets new directories be.
         draft.chmod(0o777 & ~_umask())
         yield draft
-        _sync(draft)
+        sync(draft)
         _replace(draft, path)
     except BaseException:
         if draft is not None:
@@ -41,8 +42,11 @@ def new_directory(path, *, overwrite: bool = False):
         raise
 
 
-def write_text(path, text: str) -> None:
-    """Write a small file so that it is the old one or the new one, also after a power cut."""
+def write_text(path, text: str, drafted: Callable[[], None] = lambda: None) -> None:
+    """Write a small file so that it is the old one or the new one, also after a power cut.
+
+    `drafted` is called when it lies beside its place, complete.
+    """
     path = pathlib.Path(path)
     draft = path.with_name(f"{path.name}.draft-{os.getpid()}")
     try:
@@ -50,6 +54,7 @@ def write_text(path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        drafted()
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -59,6 +64,17 @@ def write_text(path, text: str) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def sync(directory) -> None:
+    """Force names and data below a directory to the medium; a power cut then takes none of them."""
+    for place, _, files in os.walk(directory):
+        for name in [*(os.path.join(place, file) for file in files), place]:
+            fd = os.open(name, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def make(path: pathlib.Path) -> list[pathlib.Path]:
@@ -117,17 +133,6 @@ def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:
         os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(directory: pathlib.Path) -> None:
-    """Force names and data to the medium, or a power cut could leave empty files after a rename."""
-    for place, _, files in os.walk(directory):
-        for name in [*(os.path.join(place, file) for file in files), place]:
-            fd = os.open(name, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
 
 
 def _umask() -> int:

@@ -51,7 +51,8 @@ def convert(
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
-            file or shards) or Orbax as written by this package.
+            file or shards), Orbax as written by this package, or a training run, of which the
+            newest good checkpoint is taken; what LoRA learnt is merged in.
         dst: Appears whole at the end, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it.

@@ -9,12 +9,14 @@ import numpy as np
 from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves
 from hybrid_jax.checkpoint.formats import orbax, protocol, training_run
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
+from hybrid_jax.checkpoint.formats.merged import Merged
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
 from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.config.tuning import LoRA
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -36,6 +38,8 @@ class Checkpoint:
     """Known tensors that are not weights."""
     block: tuple[int, int] | None
     """Rows and columns that share an FP8 scale."""
+    step: int | None = None
+    """Updates that a run had done; None for what is no run."""
 
     def read(self, names, *, dequantize: bool, check_finite: bool = True):
         """(name, array) of stored tensors, in an order that is cheap to read.
@@ -57,15 +61,30 @@ class Checkpoint:
                 array = fp8.dequantize(array, scales[self.scales[name]], self.block)
             yield name, array
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of our tree that it fills, by name."""
+        return leaves.shapes(self.config)
+
+    def read_leaf(self, leaf: str, shape, dtype: np.dtype, check_finite: bool = True):
+        """One parameter of our tree: an array put together from all tensors that hold a part."""
+        by_name = {rule.name: rule for rule in self.rules.values() if rule.leaf == leaf}
+        array = np.empty(shape, dtype)
+        for name, stored in self.read(by_name, dequantize=True, check_finite=check_finite):
+            rule = by_name[name]
+            array[rule.slices()] = rule.to_block(stored).astype(dtype)
+        return array
+
     def _check(self, name: str, array: np.ndarray, check_finite: bool) -> None:
         if check_finite:
             finite.check(array, name, self.source.locate(name))
 
 
 @contextlib.contextmanager
-def open_checkpoint(path):
+def open_checkpoint(path, step: int | None = None):
     """The checkpoint in a directory: Hugging Face, Orbax as written here, or a training run.
 
+    Of a run it is that of `step`, or the newest good one; what LoRA learnt is merged in.
     ValueError names the file, field or tensor that is missing, extra, of a wrong shape or dtype.
     """
     path = pathlib.Path(path)
@@ -77,7 +96,7 @@ def open_checkpoint(path):
         source: protocol.Source = directory
         understand = {"published": _published, "tree": _own}[directory.vocabulary]
     elif training_run.is_training_run(path):
-        source, understand = training_run.TrainingRun(path), _run
+        source, understand = training_run.TrainingRun(path, step), _run
     elif (path / CONFIG_JSON).is_file() or list(path.glob("*.safetensors*")):
         understand = _published
         # The config first: without it no tensor has a meaning.
@@ -88,6 +107,8 @@ def open_checkpoint(path):
             f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), "
             f"{orbax.INDEX_NAME} with Orbax weights, or the directory of a training run."
         )
+    if step is not None and understand is not _run:
+        raise ValueError(f"{path} is one checkpoint and no run: it has no step {step} to choose.")
     with contextlib.closing(source):
         yield understand(path, source)
 
@@ -124,9 +145,12 @@ def _own(path: pathlib.Path, source) -> Checkpoint:
 
 
 def _run(path: pathlib.Path, source) -> Checkpoint:
-    config = text.read_yaml(TrainConfig, path / CONFIG_YAML).model
+    run, step = text.read_yaml(TrainConfig, path / CONFIG_YAML), source.step
+    config = run.model
+    if isinstance(run.tuning, LoRA):
+        source = Merged(source, run.tuning.scale)
     whole = [Rule(leaf, shape, leaf) for leaf, shape in leaves.shapes(config).items()]
-    return _of_rules(path, source, config, whole)
+    return dataclasses.replace(_of_rules(path, source, config, whole), step=step)
 
 
 def _of_rules(path: pathlib.Path, source, config: model_lib.ModelConfig, rules) -> Checkpoint:

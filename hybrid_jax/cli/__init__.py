@@ -7,20 +7,24 @@ import sys
 from hybrid_jax.cli.huge_pages import restart_with_huge_pages
 
 # Commands that compute for long.
-_HEAVY = ("train", "generate", "bench")
+_HEAVY = ("train", "generate", "eval", "bench")
 
 # One module a command, imported when it is called, so that --help answers at once.
 _COMMANDS = {
     "train": "Train a preset on text; resume an interrupted run.",
+    "data": "Tokenise text, JSON Lines, Parquet, ... ahead of time; look at it, check it.",
     "report": "Draw one run, or several side by side, into one HTML page.",
     "generate": "Continue a prompt with a checkpoint or a training run.",
+    "eval": "Measure perplexity by length, needles, recall, or a task of lm_eval.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
+    "verify": "Say which checkpoints of a run are whole, and what is damaged.",
     "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
     "shard": "Say where every parameter would live on a mesh of devices.",
     "plan": "Compile a step for a pod that is not here: does it fit, how fast will it be?",
     "presets": "List the presets, or print one in full.",
+    "recipes": "List the recipes of training, or print one in full.",
 }
 
 

@@ -15,14 +15,15 @@ class Args:
     """Convert a checkpoint directory; the model is never held in memory, only a few tensors are.
 
     Read are Hugging Face directories (Text-01 and M1 as released, transformers' `minimax`, M2 in
-    bfloat16 and in FP8; one safetensors file or shards) and Orbax as written here. Every tensor is
-    used exactly once, and the destination appears whole at the end or not at all.
+    bfloat16 and in FP8; one safetensors file or shards), Orbax as written here, and training runs,
+    whose newest good checkpoint is exported, with what LoRA learnt merged in. Every tensor is used
+    exactly once, and the destination appears whole at the end or not at all.
 
     Exit code 0: converted; 2: bad input, or a destination that cannot be written.
     """
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """Directory of the checkpoint."""
+    """Directory of the checkpoint, or of a run."""
     dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """Directory to create."""
     format: typing.Literal["orbax", "hf", "hf-original"]

@@ -9,7 +9,7 @@ import typing
 
 import tyro
 
-from hybrid_jax.cli import json_report
+from hybrid_jax.cli import json_report, opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,6 @@ class Args:
     """Also write prompt, tokens, text and timing to this file."""
 
 
-# Names under which tokenizers know the end of a text: ours, MiniMax-M2's, Text-01's.
-_ENDS = ("<|end_of_document|>", "[e~[", "<end_of_sentence>")
-
-
 def run(args: Args) -> int:
     """Print the prompt and its continuation; exit code 0."""
     import numpy as np
@@ -56,19 +52,17 @@ def run(args: Args) -> int:
     import hybrid_jax
 
     json_report.check_writable(args.json)
-    directory = pathlib.Path(args.model)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give a checkpoint or a training run.")
-    tokenizer = _tokenizer(directory) if not args.token_ids else None
+    directory = opened.directory(args.model)
+    tokenizer = None
     ids = list(args.token_ids)
-    if tokenizer is not None:
+    if not ids:
+        tokenizer = opened.tokenizer(directory)
+        if tokenizer is None:
+            raise ValueError(f"{directory} has no tokenizer.json; give the prompt as --token-ids.")
         ids = tokenizer.encode(_prompt(args)).ids
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
-    model = hybrid_jax.load(directory, dtype=args.dtype)
-    placement = None
-    if args.mesh is not None:
-        model, placement = _split(model, args.mesh, args.rules)
+    model, placement = opened.model(directory, args.dtype, args.mesh, args.rules)
     started = time.perf_counter()
     new = hybrid_jax.generate(
         model,
@@ -78,7 +72,7 @@ def run(args: Args) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        eos_id=_end(args, tokenizer),
+        eos_id=opened.end_id(tokenizer) if args.eos_id is None else args.eos_id,
         placement=placement,
     )
     new = np.asarray(new)[0].tolist()
@@ -92,34 +86,7 @@ def run(args: Args) -> int:
     return 0
 
 
-def _split(model, mesh: str, rules: str):
-    """The model on a mesh of all devices, and where it lies."""
-    from flax import nnx
-
-    from hybrid_jax.model.parallel import placement as placements
-
-    placement = placements.make(mesh, rules).for_decoding(1)
-    graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, placement.place(params)), placement
-
-
 def _prompt(args: Args) -> str:
     if args.prompt is None or args.prompt == "-":
         return sys.stdin.read()
     return args.prompt
-
-
-def _tokenizer(directory: pathlib.Path):
-    from hybrid_jax.data.tokenizer import read_backend
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} has no tokenizer.json; give the prompt as --token-ids.")
-    return read_backend(path)
-
-
-def _end(args: Args, tokenizer) -> int | None:
-    if args.eos_id is not None or tokenizer is None:
-        return args.eos_id
-    ids = [tokenizer.token_to_id(name) for name in _ENDS]
-    return next((idx for idx in ids if idx is not None), None)

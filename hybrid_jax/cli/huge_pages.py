@@ -36,7 +36,7 @@ def state() -> str:
         return "the kernel offers none"
     if "GLIBC_TUNABLES" in os.environ:
         return f"as GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']} says"
-    return "offered; train, generate and bench restart themselves to use them"
+    return "offered; train, generate, eval and bench restart themselves to use them"
 
 
 def _offered() -> bool:

@@ -10,7 +10,9 @@ import typing
 import tyro
 
 from hybrid_jax.config import presets, recipes, text
+from hybrid_jax.config.data import parse_sources
 from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.start import Start
 from hybrid_jax.config.training import TrainConfig
 
 
@@ -21,9 +23,16 @@ class Source:
     out: pathlib.Path
     """Directory of the run; new or empty unless --resume is given."""
     preset: str | None = None
-    """Model to train and its recipe: quickstart, nano, ...; `hybrid-jax presets` lists them."""
-    data: str | None = None
-    """Text to learn from: a directory, a file or a glob. The same as --data.path."""
+    """Model to train: quickstart, nano, ...; `hybrid-jax presets` lists them."""
+    recipe: str | None = None
+    """How it is trained, as published or our own; `hybrid-jax recipes` lists them. Left out, the
+    preset's own."""
+    budget: recipes.Budget = recipes.PUBLISHED
+    """How much of the recipe is affordable: the rest of it follows in proportion."""
+    data: tuple[str, ...] = ()
+    """What to learn from, one or more: a directory, a file or a glob of text, JSON Lines, Parquet,
+    ArrayRecord or Arrow, a Hugging Face data set on disk, or what `hybrid-jax data prepare` made.
+    PATH=WEIGHT gives a share: web=0.7 code=0.3. More about each: --data.sources.0.FIELD."""
     config: pathlib.Path | None = None
     """YAML file with a whole configuration, such as another run's config.yaml."""
     mesh: str | None = None
@@ -31,6 +40,9 @@ class Source:
     out, all devices are on fsdp."""
     rules: str | None = None
     """What is split over the axes: fsdp, fsdp_tensor, expert, long_context, long_rows or serve."""
+    start_from: str | None = None
+    """Begin with the weights of this run or checkpoint. The same as --start.path; --start.step and
+    --start.moments then say more."""
     resume: bool = False
     """Continue the run in OUT from its newest checkpoint; only --steps, --mesh, --rules and what is
     below --faults and --observation may differ from before."""
@@ -159,6 +171,10 @@ def _source(argv: list[str], asks_help: bool) -> Source:
 def _base(source: Source, asks_help: bool) -> TrainConfig:
     """The configuration that single options change."""
     base = _stored(source, asks_help)
+    if source.start_from is not None:
+        old_start = base.start or Start(path=source.start_from)
+        start = dataclasses.replace(old_start, path=source.start_from)
+        base = dataclasses.replace(base, start=start)
     if source.mesh is None and source.rules is None:
         return base
     # As without options: all devices on fsdp.
@@ -184,15 +200,24 @@ def _stored(source: Source, asks_help: bool) -> TrainConfig:
         if source.preset is not None:
             raise ValueError("Give --preset or --config, not both: each is a whole configuration.")
     else:
-        if not asks_help and (source.preset is None or source.data is None):
+        if not asks_help and (source.preset is None or not source.data):
             raise ValueError(
                 "A new run needs --preset NAME and --data PATH (or --config FILE); "
                 "--resume continues one that is there."
             )
-        return recipes.get(source.preset or "nano", source.data or "DATA")
-    if source.data is not None:
-        base = dataclasses.replace(base, data=dataclasses.replace(base.data, path=source.data))
+        return _new(source)
+    if source.data:
+        sources = parse_sources(source.data)
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=sources))
     return base
+
+
+def _new(source: Source) -> TrainConfig:
+    """What --preset, --recipe and --budget mean."""
+    preset, sources = source.preset or "nano", parse_sources(source.data or ("DATA",))
+    if source.recipe is None:
+        return recipes.of_preset(preset, sources, source.budget)
+    return recipes.get(source.recipe, presets.get(preset), sources, source.budget)
 
 
 def _take_kinds(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]]]:

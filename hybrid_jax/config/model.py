@@ -28,6 +28,38 @@ class Dtypes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Normal:
+    """Every matrix is drawn from a normal with the standard deviation `initializer_range`."""
+
+    def gain(self, num_layers: int) -> None:
+        """No gain of DeepNorm."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepNorm:
+    """Xavier's normal for the matrices of layers: variance 2 / (rows + columns) * gain**2.
+
+    The gain is `beta` for feed-forwards, values and output projections, and 1 for queries, keys and
+    gates (DeepNet, arXiv 2203.00555, figure 2; MiniMax-01 report, section 4.2). Embedding, head and
+    routers are drawn as by `Normal`: the report does not tell.
+    """
+
+    beta: float | None = None
+    """The gain; None: (8 * layers) ** -0.25, as the report has it."""
+
+    def __post_init__(self):
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"DeepNorm.beta must be > 0; got {self.beta!r}.")
+
+    def gain(self, num_layers: int) -> float:
+        """`beta`, or what the report makes of the number of layers."""
+        return (8 * num_layers) ** -0.25 if self.beta is None else self.beta
+
+
+Initialization = Normal | DeepNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """`count` equal layers in a row, compiled once and scanned over."""
 
@@ -62,7 +94,9 @@ class ModelConfig:
     shift_embeddings: bool = False
     """Half of the input channels come from the previous token; small retrieval studies need it."""
     initializer_range: float = 0.02
-    """Standard deviation of the normal initialisation of every matrix."""
+    """Standard deviation of the matrices that `initialization` does not decide on."""
+    initialization: Initialization = Normal()
+    """How the matrices of layers start."""
     max_positions: int
     """Longest context the model is published for."""
     dtypes: Dtypes = Dtypes()

@@ -1,53 +1,19 @@
 """One training run as a value: model, data, batch, schedule, optimiser, losses and bookkeeping."""
 
 import dataclasses
+import functools
 
 from hybrid_jax.config import model as model_lib
+from hybrid_jax.config.checks import check_at_least, check_fraction
+from hybrid_jax.config.data import Data
 from hybrid_jax.config.faults import Faults
 from hybrid_jax.config.observation import Observation
+from hybrid_jax.config.optimizer import AdamW, Muon, Optimizer
 from hybrid_jax.config.parallel import Parallel
+from hybrid_jax.config.start import Start
+from hybrid_jax.config.tuning import Frozen, Full, LoRA, Tuning
 
-
-def _check(config, minimum, *names: str, strict: bool = False) -> None:
-    """Raise unless every named number of `config` is >= minimum (> minimum if strict)."""
-    for name in names:
-        value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not (value > minimum if strict else value >= minimum):
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be {'>' if strict else '>='} {minimum}; "
-                f"got {value!r}."
-            )
-
-
-def _check_fraction(config, name: str) -> None:
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-        raise ValueError(f"{type(config).__name__}.{name} must be in [0, 1); got {value!r}.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Text:
-    """Text files, one document each, tokenised once and cut into windows of equal length."""
-
-    path: str
-    """A directory (searched recursively), one file, or a glob such as 'books/**/*.txt'."""
-    pattern: str = "*"
-    """Names of the files to take from a directory, e.g. '*.py'."""
-    exclude: tuple[str, ...] = ()
-    """Paths below the directory to leave out, as globs, e.g. 'test/*'; hidden files always are."""
-    tokenizer: str | None = None
-    """A tokenizer.json to use; None trains one with `model.vocab_size` entries on the text."""
-    sequence_length: int = 1024
-    """Tokens a window; a longer document is split, shorter ones share a window as segments."""
-    heldout_fraction: float = 0.05
-    """Share of the files kept for evaluation, chosen by a hash of their path."""
-
-    def __post_init__(self):
-        if not self.path:
-            raise ValueError("Text.path must name a directory, a file or a glob; got ''.")
-        _check(self, 1, "sequence_length")
-        _check_fraction(self, "heldout_fraction")
+__all__ = ["AdamW", "Frozen", "Full", "LoRA", "Muon", "Start"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +29,7 @@ class Cosine:
     """Last rate as a share of the peak."""
 
     def __post_init__(self):
-        _check_fraction(self, "final_fraction")
+        check_fraction(self, "final_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +40,7 @@ class Linear:
     """Last rate as a share of the peak."""
 
     def __post_init__(self):
-        _check_fraction(self, "final_fraction")
+        check_fraction(self, "final_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +53,53 @@ class ExponentialTail:
     """Last rate as a share of the peak; the report falls to 3e-5 from 2e-4."""
 
     def __post_init__(self):
-        _check_fraction(self, "tail_fraction")
-        _check_fraction(self, "final_fraction")
-        _check(self, 0, "final_fraction", strict=True)
+        check_fraction(self, "tail_fraction")
+        check_fraction(self, "final_fraction")
+        check_at_least(self, 0, "final_fraction", strict=True)
 
 
-Decay = Constant | Cosine | Linear | ExponentialTail
+PHASE_SHAPES = ("constant", "linear", "cosine", "exponential")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training, as long as its share of all tokens."""
+
+    share: float
+    """Its tokens, relative to the other phases'."""
+    start: float
+    """Its first rate as a share of the peak."""
+    end: float | None = None
+    """Its last rate as a share of the peak; None: as the first."""
+    shape: str = "constant"
+    """How the one becomes the other: constant, linear, cosine or exponential."""
+
+    def __post_init__(self):
+        check_at_least(self, 0, "share", "start", strict=True)
+        if self.shape not in PHASE_SHAPES:
+            raise ValueError(f"Phase.shape must be one of {PHASE_SHAPES}; got {self.shape!r}.")
+        if (self.end is None) != (self.shape == "constant"):
+            raise ValueError(
+                f"Phase.end belongs to every shape but constant; got end={self.end!r} with "
+                f"{self.shape}."
+            )
+        if self.end is not None:
+            check_at_least(self, 0, "end", strict=self.shape == "exponential")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Phases one after the other, by tokens rather than steps where the batch grows on the way."""
+
+    phases: tuple[Phase, ...] = (Phase(share=1.0, start=1.0),)
+    """In order; together they last as long as the run."""
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ValueError("Phases.phases must hold at least one phase; got none.")
+
+
+Decay = Constant | Cosine | Linear | ExponentialTail | Phases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,39 +114,8 @@ class Schedule:
     """What happens after the warm-up."""
 
     def __post_init__(self):
-        _check(self, 0, "peak", strict=True)
-        _check(self, 0, "warmup_steps")
-
-
-MOMENTS = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW with clipping of the global gradient norm; arithmetic is float32."""
-
-    b1: float = 0.9
-    """Decay of the first moment (MiniMax-01 report, section 4.2)."""
-    b2: float = 0.95
-    """Decay of the second moment (same place)."""
-    eps: float = 1e-8
-    """Added to the root of the second moment; RL of M1 needed 1e-15."""
-    weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms, biases and vectors are never decayed."""
-    clip_norm: float | None = 1.0
-    """Largest global gradient norm; None clips nothing."""
-    moments: str = "float32"
-    """How both moments are kept: float32, or bfloat16 at 4 bytes a parameter less (as DeepSeek-V3
-    was trained, arXiv 2412.19437, section 3.3.3)."""
-
-    def __post_init__(self):
-        if self.moments not in MOMENTS:
-            raise ValueError(f"AdamW.moments must be one of {MOMENTS}; got {self.moments!r}.")
-        _check_fraction(self, "b1")
-        _check_fraction(self, "b2")
-        _check(self, 0, "eps", "weight_decay")
-        if self.clip_norm is not None:
-            _check(self, 0, "clip_norm", strict=True)
+        check_at_least(self, 0, "peak", strict=True)
+        check_at_least(self, 0, "warmup_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +126,7 @@ class ReportBalance:
     """Its weight (section 4.2)."""
 
     def __post_init__(self):
-        _check(self, 0, "coefficient")
+        check_at_least(self, 0, "coefficient")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +137,7 @@ class HuggingFaceBalance:
     """Its weight (`router_aux_loss_coef`)."""
 
     def __post_init__(self):
-        _check(self, 0, "coefficient")
+        check_at_least(self, 0, "coefficient")
 
 
 Balance = ReportBalance | HuggingFaceBalance
@@ -181,8 +157,8 @@ class Loss:
     """Tokens whose logits exist at one time; bounds memory, changes no value."""
 
     def __post_init__(self):
-        _check(self, 0, "z_loss", "router_z_loss")
-        _check(self, 1, "chunk_tokens")
+        check_at_least(self, 0, "z_loss", "router_z_loss")
+        check_at_least(self, 1, "chunk_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +171,7 @@ class Checkpoints:
     """Newest checkpoints to keep."""
 
     def __post_init__(self):
-        _check(self, 1, "every", "keep")
+        check_at_least(self, 1, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +184,20 @@ class Evaluation:
     """Batches of held-out windows to use, always the same ones; the last evaluation takes all."""
 
     def __post_init__(self):
-        _check(self, 1, "every", "batches")
+        check_at_least(self, 1, "every", "batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A batch size from some number of tokens on."""
+
+    tokens: int
+    """Tokens (places in rows, padding included) seen before it holds."""
+    batch_size: int
+    """Rows an update from then on; a multiple of the rows of one round."""
+
+    def __post_init__(self):
+        check_at_least(self, 1, "tokens", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,18 +206,24 @@ class TrainConfig:
 
     model: model_lib.ModelConfig
     """The network."""
-    data: Text
+    data: Data
     """What it learns from."""
     steps: int
-    """Optimiser updates in all."""
+    """Optimiser updates in all; 0: as many as every source's `max_epochs` gives."""
     batch_size: int = 8
     """Windows an update, over all processes and accumulation rounds."""
     accumulate: int = 1
     """Rounds one batch is split into; less memory, the same update."""
+    batch_ramp: tuple[Ramp, ...] = ()
+    """Larger batches later on, of more rounds in proportion (MiniMax-01 report, section 4.2)."""
     schedule: Schedule = Schedule()
     """Learning rate by step."""
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = dataclasses.field(default_factory=AdamW)
     """How gradients become updates."""
+    tuning: Tuning = dataclasses.field(default_factory=Full)
+    """Which part of the model learns."""
+    start: Start | None = None
+    """What it begins with; None: random weights."""
     loss: Loss = Loss()
     """What is minimised."""
     checkpoints: Checkpoints = Checkpoints()
@@ -245,7 +240,8 @@ class TrainConfig:
     """Mesh of devices and rules; None: all devices over fsdp, or the only one there is."""
 
     def __post_init__(self):
-        _check(self, 1, "steps", "batch_size", "accumulate")
+        check_at_least(self, 0, "steps")
+        check_at_least(self, 1, "batch_size", "accumulate")
         # The keys of JAX hold 32 bits: a larger seed would be another one's run again.
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"TrainConfig.seed must be in [0, 2**32); got {self.seed!r}.")
@@ -253,3 +249,49 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}."
             )
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        before = 0
+        for idx, ramp in enumerate(self.batch_ramp):
+            if ramp.tokens <= before:
+                raise ValueError(
+                    f"batch_ramp[{idx}].tokens={ramp.tokens} must be above {before}, where the "
+                    "batch size before it begins."
+                )
+            if ramp.batch_size % self.rows_per_round:
+                raise ValueError(
+                    f"batch_ramp[{idx}].batch_size={ramp.batch_size} must be a multiple of the "
+                    f"{self.rows_per_round} rows of a round (batch_size / accumulate)."
+                )
+            before = ramp.tokens
+
+    @property
+    def rows_per_round(self) -> int:
+        """Rows that go through the model at a time, over all processes."""
+        return self.batch_size // self.accumulate
+
+    @functools.cached_property
+    def phases(self) -> tuple[tuple[int, int, int], ...]:
+        """(first step, tokens before it, batch size) of every batch size, in order."""
+        phases = [(0, 0, self.batch_size)]
+        for ramp in self.batch_ramp:
+            step, tokens, size = phases[-1]
+            per_step = size * self.data.sequence_length
+            more = max(0, -(-(ramp.tokens - tokens) // per_step))
+            phases.append((step + more, tokens + more * per_step, ramp.batch_size))
+        return tuple(phases)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every batch size of the run, ascending."""
+        return tuple(sorted({size for _, _, size in self.phases}))
+
+    def batch_size_at(self, step: int) -> int:
+        """Rows of the update that follows `step` others."""
+        return next(size for first, _, size in reversed(self.phases) if step >= first)
+
+    def tokens_before(self, step: int) -> int:
+        """Places in rows that `step` updates see."""
+        first, tokens, size = next(p for p in reversed(self.phases) if step >= p[0])
+        return tokens + (step - first) * size * self.data.sequence_length

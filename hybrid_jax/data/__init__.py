@@ -1,8 +1,10 @@
-"""From text files to batches: documents, tokenizer, token store, windows, pipeline."""
+"""From documents to batches: sources, tokenizer, token store, packing, mixture, pipeline."""
 
 from hybrid_jax.data.batch import Batch
-from hybrid_jax.data.documents import Document, find_documents
+from hybrid_jax.data.corpus import Part
+from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
 from hybrid_jax.data.pipeline import Batches, evaluation_batches
+from hybrid_jax.data.preparation import prepare
 from hybrid_jax.data.split import is_heldout
 from hybrid_jax.data.store import TokenStore, unigram_entropy
 from hybrid_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_tokenizer
@@ -12,13 +14,16 @@ __all__ = [
     "END_OF_DOCUMENT",
     "Batch",
     "Batches",
-    "Document",
+    "Dataset",
+    "Part",
     "TokenStore",
     "Tokenizer",
     "WindowIndex",
     "evaluation_batches",
-    "find_documents",
+    "is_dataset",
     "is_heldout",
+    "open_dataset",
+    "prepare",
     "train_tokenizer",
     "unigram_entropy",
 ]

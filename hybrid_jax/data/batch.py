@@ -22,8 +22,16 @@ class Batch(NamedTuple):
     """int32, from 0 in each segment."""
     weights_BT: np.ndarray
     """float32 weight of each target in the loss."""
+    sources_BT: np.ndarray | None = None
+    """int32 number of the source that each token is from. None: there is one."""
 
 
 def stack(rows) -> Batch:
     """Rows of length T as one batch [B, T]."""
-    return Batch(*(np.stack(column) for column in zip(*rows, strict=True)))
+    columns = zip(*rows, strict=True)
+    return Batch._make(None if column[0] is None else np.stack(column) for column in columns)
+
+
+def empty_like(row: Batch) -> Batch:
+    """A row of padding alone."""
+    return Batch._make(None if column is None else np.zeros_like(column) for column in row)

@@ -1,21 +1,29 @@
 """Shuffled batches without end, deterministic, and continued exactly from a stored position."""
 
 import collections.abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import grain
-import numpy as np
 
+from hybrid_jax.config.data import Source
 from hybrid_jax.data import batch as batch_lib
+from hybrid_jax.data.mixture import Mixture
 from hybrid_jax.data.windows import WindowIndex
+
+
+class BatchSize(Protocol):
+    """How many rows the global batch of a step has."""
+
+    def __call__(self, step: int) -> int: ...
 
 
 class Batches(collections.abc.Iterator):
     """An endless iterator of training batches with a position that can be stored.
 
-    Every epoch visits every window once in a new order. The global batch k is a function of
-    (windows, batch_size, seed, k) alone; a process may take some of its rows, so the same position
-    continues the same data on another number of processes or another mesh.
+    Every epoch of a source visits every row of it once in a new order. The global batch k is a
+    function of (rows, sources, batch sizes, seed, k) alone; a process may take some of its rows, so
+    the same position continues the same data on another number of processes or another mesh.
 
     No worker threads: a batch costs milliseconds, and the loop fetches the next one while the
     device is busy. Grain's threads hang on an exception (grain issue 1196).
@@ -23,29 +31,45 @@ class Batches(collections.abc.Iterator):
 
     def __init__(
         self,
-        windows: WindowIndex,
-        batch_size: int,
+        windows: Sequence[WindowIndex],
+        sources: Sequence[Source],
+        batch_size: BatchSize,
         *,
         seed: int,
-        rows: Sequence[int] | None = None,
+        steps: int,
+        rows: Callable[[int], Sequence[int]] = range,
     ):
-        """`batch_size` counts rows of the global batch; `rows` are those to read, None all."""
-        # Without end for any purpose; Grain's own endless repeat overflows at one row a batch.
-        epochs = (1 << 61) // len(windows)
-        self._windows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(epochs)
+        """`rows(size)` are those to read of a global batch of `size` rows; `steps` make a run."""
+        self._mixture = Mixture(sources, [len(each) for each in windows])
+        self._windows = [_endless(each, seed + idx) for idx, each in enumerate(windows)]
         self._batch_size = batch_size
-        self._rows = range(batch_size) if rows is None else rows
-        self.position = 0
-        """Batches taken since the beginning of training."""
+        self._rows = rows
+        self._steps = steps
+        self._step = 0
 
     def __next__(self) -> batch_lib.Batch:
-        first = self.position * self._batch_size
-        self.position += 1
-        return batch_lib.stack([self._windows[first + row] for row in self._rows])
+        size = self._batch_size(self._step)
+        choices = self._mixture.choose(size, min(self._step / self._steps, 1.0))
+        self._step += 1
+        wanted = [choices[row] for row in self._rows(size)]
+        return batch_lib.stack([self._windows[source][row] for source, row in wanted])
 
-    def seek(self, position: int) -> None:
-        """Continue as if `position` batches had been taken."""
-        self.position = position
+    @property
+    def position(self) -> dict:
+        """Where the data goes on; valid JSON."""
+        return {"batches": self._step} | self._mixture.state
+
+    def seek(self, position: dict) -> None:
+        """Continue from a stored `position`."""
+        self._mixture.restore(position)
+        self._step = int(position["batches"])
+
+
+def _endless(windows: WindowIndex, seed: int):
+    """Epoch after epoch by random access, each in an order of its own."""
+    # Without end for any purpose; Grain's own endless repeat overflows at one row a batch.
+    epochs = (1 << 61) // len(windows)
+    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat(epochs)
 
 
 def evaluation_batches(
@@ -64,7 +88,7 @@ def evaluation_batches(
     if limit is not None and len(numbers) > limit * batch_size:
         wanted = limit * batch_size
         numbers = [idx * len(numbers) // wanted for idx in range(wanted)]
-    empty = batch_lib.Batch(*(np.zeros_like(column) for column in windows[0]))
+    empty = batch_lib.empty_like(windows[0])
     for begin in range(0, len(numbers), batch_size):
         batch = numbers[begin : begin + batch_size]
         yield batch_lib.stack([windows[batch[r]] if r < len(batch) else empty for r in rows])

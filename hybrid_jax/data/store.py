@@ -1,97 +1,120 @@
-"""Tokenised documents on disk: one flat array of ids and the place where each document begins."""
+"""Tokenised documents as training sees them: any stretch of any document."""
 
-import hashlib
-import json
-import pathlib
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
-from hybrid_jax.data import tokenizer as tokenizer_lib
-from hybrid_jax.data.documents import Document
+from hybrid_jax.data.shards import DOCUMENT, Facts, Shard, array_hash
 
-_ENCODED_AT_A_TIME = 256
+_PLACE = np.dtype([("shard", "<i4"), ("begin", "<i8"), ("length", "<i8")])
 
 
-class TokenStore(NamedTuple):
-    """Documents as ids, end to end; each closes with the end-of-document id."""
+class TokenStore:
+    """Documents as ids, in order; memory-mapped, so that it costs no memory to hold."""
 
-    ids: np.ndarray
-    """uint16 or uint32 [tokens]; may be memory-mapped."""
-    offsets: np.ndarray
-    """int64 [documents + 1]; document i is ids[offsets[i]:offsets[i + 1]]."""
+    def __init__(self, shards: Sequence[Shard], places: np.ndarray):
+        """`places` says of each document its shard, and where in it; see `of_shards`."""
+        self._shards = shards
+        self._places = places
+
+    @classmethod
+    def of_shards(cls, shards: Sequence[Shard], chosen: Sequence[np.ndarray]) -> "TokenStore":
+        """The documents of each shard that its `chosen` (bool [documents]) says."""
+        places = []
+        for number, (shard, mask) in enumerate(zip(shards, chosen, strict=True)):
+            picked = shard.documents[mask]
+            part = np.zeros(len(picked), _PLACE)
+            part["shard"] = number
+            part["begin"], part["length"] = picked["begin"], picked["length"]
+            places.append(part)
+        return cls(shards, np.concatenate(places) if places else np.zeros(0, _PLACE))
+
+    @classmethod
+    def of(cls, ids, offsets, learned=None) -> "TokenStore":
+        """Documents in memory: document i is ids[offsets[i]:offsets[i + 1]]."""
+        ids, offsets = np.asarray(ids), np.asarray(offsets, np.int64)
+        documents = np.zeros(len(offsets) - 1, DOCUMENT)
+        documents["begin"], documents["length"] = offsets[:-1], np.diff(offsets)
+        facts = _facts_in_memory(ids, learned)
+        shard = Shard(ids, learned, documents, facts)
+        return cls.of_shards([shard], [np.ones(len(documents), bool)])
 
     @property
     def num_documents(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._places)
 
-    def fingerprint(self) -> str:
-        """Hash of every id and offset: equal if and only if the data is the same."""
-        digest = hashlib.sha256()
-        for array in (self.ids.astype(np.uint32, copy=False), self.offsets):
-            for begin in range(0, len(array), 1 << 22):
-                digest.update(np.ascontiguousarray(array[begin : begin + (1 << 22)]).tobytes())
-        return digest.hexdigest()[:16]
+    @property
+    def num_tokens(self) -> int:
+        return int(self._places["length"].sum())
 
-    def save(self, directory, name: str) -> None:
-        """Write DIR/NAME.ids.npy, then DIR/NAME.json, whose presence says that all is there."""
-        directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        np.save(directory / f"{name}.ids.npy", self.ids)
-        np.save(directory / f"{name}.offsets.npy", self.offsets)
-        facts = {"documents": self.num_documents, "tokens": len(self.ids)}
-        (directory / f"{name}.json").write_text(json.dumps(facts) + "\n")
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [documents]"""
+        return self._places["length"]
+
+    @property
+    def largest_id(self) -> int:
+        """No id is above this; -1 without tokens."""
+        return max((shard.facts.largest for shard in self._shards), default=-1)
+
+    def select(self, min_tokens: int = 1, max_tokens: int | None = None) -> "TokenStore":
+        """The documents of so many tokens."""
+        keep = self.lengths >= min_tokens
+        if max_tokens is not None:
+            keep &= self.lengths <= max_tokens
+        return TokenStore(self._shards, self._places[keep])
+
+    def first(self, pairs: int) -> "TokenStore":
+        """The first documents with so many pairs of neighbours; the last one may be cut."""
+        ends = np.cumsum(np.maximum(self.lengths - 1, 0))
+        last = int(np.searchsorted(ends, pairs))
+        if last >= len(ends):
+            return self
+        places = self._places[: last + 1].copy()
+        places["length"][-1] -= ends[last] - pairs
+        return TokenStore(self._shards, places)
 
     @classmethod
-    def load(cls, directory, name: str) -> "TokenStore":
-        """Memory-map what `save` wrote. Raises ValueError if it is missing or cut short."""
-        directory = pathlib.Path(directory)
-        try:
-            facts = json.loads((directory / f"{name}.json").read_text())
-            if not isinstance(facts, dict) or not {"tokens", "documents"} <= facts.keys():
-                raise ValueError(f"{name}.json must give `tokens` and `documents`")
-            ids = np.load(directory / f"{name}.ids.npy", mmap_mode="r", allow_pickle=False)
-            offsets = np.load(directory / f"{name}.offsets.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"The token store {directory / name} is missing or damaged ({error}). "
-                "Delete the directory to tokenise the text again."
-            ) from error
-        if (len(ids), len(offsets) - 1) != (facts["tokens"], facts["documents"]):
-            raise ValueError(
-                f"The token store {directory / name} does not match its own record. Delete the "
-                "directory to tokenise the text again."
-            )
-        return cls(ids, offsets)
+    def joined(cls, stores: Sequence["TokenStore"]) -> "TokenStore":
+        """The documents of one store after the other's."""
+        shards: list[Shard] = []
+        places = []
+        for store in stores:
+            moved = store._places.copy()
+            moved["shard"] += len(shards)
+            places.append(moved)
+            shards += store._shards
+        return cls(shards, np.concatenate(places))
+
+    def read(self, document: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(ids, which of them are learned or None for all) of tokens begin to end of a document."""
+        number, first, _ = self._places[document]
+        shard = self._shards[number]
+        where = slice(first + begin, first + end)
+        return shard.ids[where], None if shard.learned is None else shard.learned[where]
+
+    def fingerprint(self) -> str:
+        """Equal if and only if the documents are the same, in the same order."""
+        digest = xxhash.xxh3_128(np.ascontiguousarray(self._places).view(np.uint8).data)
+        for shard in self._shards:
+            digest.update(shard.facts.hash.encode())
+        return digest.hexdigest()[:16]
 
     def check_vocabulary(self, vocab_size: int, what: str) -> None:
         """Raise ValueError if an id does not fit the model's embedding table."""
-        largest = int(self.ids.max())
-        if largest >= vocab_size:
-            where = int(np.searchsorted(self.offsets, np.argmax(self.ids), side="right")) - 1
+        if self.largest_id >= vocab_size:
             raise ValueError(
-                f"{what}: document {where} holds token id {largest}, but the model's "
+                f"{what} holds token id {self.largest_id}, but the model's "
                 f"vocab_size={vocab_size} ends at {vocab_size - 1}. Use the tokenizer the model "
                 "was made for, or a model with a larger vocabulary."
             )
 
 
-def tokenise(
-    documents: list[Document], tokenizer: tokenizer_lib.Tokenizer, report=None
-) -> TokenStore:
-    """Encode `documents` in order; `report(done, all)` is called now and then."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    pieces, lengths = [], []
-    for begin in range(0, len(documents), _ENCODED_AT_A_TIME):
-        texts = [document.text for document in documents[begin : begin + _ENCODED_AT_A_TIME]]
-        for encoded in tokenizer.encode_batch(texts):
-            pieces.append(np.array([*encoded, tokenizer.end_id], dtype))
-            lengths.append(len(encoded) + 1)
-        if report is not None:
-            report(min(begin + _ENCODED_AT_A_TIME, len(documents)), len(documents))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
-    return TokenStore(ids, offsets)
+def _facts_in_memory(ids: np.ndarray, learned) -> Facts:
+    arrays = {"ids": ids} | ({} if learned is None else {"learned": learned})
+    largest = int(ids.max()) if len(ids) else -1
+    return Facts(0, len(ids), learned is not None, largest, array_hash(arrays), {}, [])
 
 
 def unigram_entropy(targets: np.ndarray) -> float:

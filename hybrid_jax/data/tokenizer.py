@@ -7,17 +7,20 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_DOCUMENT = "<|end_of_document|>"
+# What ends a document in our own tokenizers, in those of Text-01 and M1, and in those of M2.
+_ENDS = (END_OF_DOCUMENT, "<end_of_document>", "[e~[")
 
 
 class Tokenizer:
     """Text to ids and back, with the id that ends a document."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str = "the tokenizer"):
-        end = backend.token_to_id(END_OF_DOCUMENT)
+        ends = [backend.token_to_id(token) for token in _ENDS]
+        end = next((idx for idx in ends if idx is not None), None)
         if end is None:
             raise ValueError(
-                f"{source} has no token {END_OF_DOCUMENT!r}, which separates documents. "
-                "Train one with hybrid-jax, or add that token to the file."
+                f"{source} has none of the tokens {', '.join(map(repr, _ENDS))}, one of which "
+                "separates documents. Train one with hybrid-jax, or add that token to the file."
             )
         # A document that spells out a special token must not end there. Not stored in the file.
         backend.encode_special_tokens = True
@@ -40,6 +43,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids run from 0 to this, exclusive."""
         return self.backend.get_vocab_size()
+
+    def id_of(self, token: str) -> int:
+        """Id of a special token. Raises ValueError if there is none."""
+        idx = self.backend.token_to_id(token)
+        if idx is None:
+            raise ValueError(f"The tokenizer has no token {token!r}.")
+        return idx
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the name of a special token inside it is plain text."""
@@ -66,23 +76,27 @@ def read_backend(path) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a tokenizer.json: {error}.") from error
 
 
-def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts, vocab_size: int, progress: bool = False, control: tuple[str, ...] = ()
+) -> Tokenizer:
     """A byte-level BPE tokenizer with at most `vocab_size` ids; the same texts give the same one.
 
-    A small corpus may give fewer. Raises ValueError if `vocab_size` cannot hold all bytes.
+    A small corpus may give fewer. `control` are tokens that templates of conversations write.
+    Raises ValueError if `vocab_size` cannot hold all bytes and those.
     """
-    smallest = 256 + 1
+    special = [END_OF_DOCUMENT, *control]
+    smallest = 256 + len(special)
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_DOCUMENT!r} need "
-            f"{smallest}."
+            f"vocab_size={vocab_size} is too small: 256 bytes and {', '.join(map(repr, special))} "
+            f"need {smallest}."
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )

@@ -1,68 +1,85 @@
-"""Windows of equal length over packed documents, each one computed from its number alone."""
+"""Rows of equal length over packed documents, each one computed from its number alone."""
 
 import numpy as np
 
+from hybrid_jax.config.data import Concatenate, Packing
+from hybrid_jax.data import packing as packing_lib
 from hybrid_jax.data.batch import Batch
 from hybrid_jax.data.store import TokenStore
 
+END_TO_END = Concatenate()
+
 
 class WindowIndex:
-    """Window i of `sequence_length` (input, target) pairs, by random access.
+    """Row i of `sequence_length` (input, target) pairs, by random access.
 
-    Documents are laid end to end in an order drawn from `seed`, and every window takes the next
-    `sequence_length` pairs of neighbouring tokens. A pair never joins two documents: a document of
-    n tokens gives n - 1 pairs. A document cut by the end of a window goes on in the next as a
-    segment of its own. Only the last window has padding. Nothing here depends on the number of
-    hosts or on what was read before, so any window can be made anywhere, again and again.
+    Documents are taken in an order drawn from `seed`. A pair never joins two documents: a document
+    of n tokens gives n - 1 pairs. A document cut by the end of a row goes on in another as a
+    segment of its own. Nothing here depends on the number of hosts or on what was read before, so
+    any row can be made anywhere, again and again.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, seed: int | None = 0):
+    def __init__(
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        seed: int | None = 0,
+        packing: Packing = END_TO_END,
+        source: int | None = None,
+    ):
         """`seed=None` keeps the documents in the store's order.
 
-        Raises ValueError if there is not a single pair.
+        `source` is the number that rows carry as `sources_BT`; None: they carry none. Raises
+        ValueError if there is not a single pair.
         """
-        num_pairs_in = np.diff(store.offsets) - 1
         order = np.arange(store.num_documents)
         if seed is not None:
             order = np.random.default_rng([seed, 0x0D0C]).permutation(order)
-        order = order[num_pairs_in[order] > 0]
-        self._store = store
-        self._length = sequence_length
-        self._first_token = store.offsets[:-1][order]
-        self._first_pair = np.concatenate([np.zeros(1, np.int64), np.cumsum(num_pairs_in[order])])
-        self.num_pairs = int(self._first_pair[-1])
+        self.num_pairs = int(np.maximum(store.lengths - 1, 0).sum())
         if not self.num_pairs:
             raise ValueError(
                 "The data holds no document of two tokens or more, so there is nothing to predict."
             )
+        self._store = store
+        self._length = sequence_length
+        self._source = source
+        self._packer = packing_lib.make(packing, store.lengths, order, sequence_length)
 
     def __len__(self) -> int:
-        return -(-self.num_pairs // self._length)
+        return self._packer.num_rows
 
     def __iter__(self):
         return (self[idx] for idx in range(len(self)))
 
+    @property
+    def efficiency(self) -> float:
+        """Share of the places in all rows that hold a pair; the rest is padding."""
+        return self.num_pairs / (len(self) * self._length)
+
     def __getitem__(self, idx) -> Batch:
-        """Window `idx` as a Batch of rows [T]."""
-        begin = int(idx) * self._length
-        if not 0 <= begin < self.num_pairs:
-            raise IndexError(f"There are {len(self)} windows; got index {idx}.")
-        end = min(begin + self._length, self.num_pairs)
-        pair_T = np.arange(begin, end)
-        document_T = np.searchsorted(self._first_pair, pair_T, side="right") - 1
-        token_T = self._first_token[document_T] + (pair_T - self._first_pair[document_T])
-        segment_T = document_T - document_T[0] + 1
-        segment_begin_T = np.maximum(self._first_pair[document_T], begin)
-        columns = (
-            self._store.ids[token_T].astype(np.int32),
-            self._store.ids[token_T + 1].astype(np.int32),
-            segment_T.astype(np.int32),
-            (pair_T - segment_begin_T).astype(np.int32),
-            np.ones(end - begin, np.float32),
-        )
-        padding = self._length - (end - begin)
-        return Batch(*(np.pad(column, (0, padding)) for column in columns))
+        """Row `idx` as a Batch of arrays [T]."""
+        if not 0 <= int(idx) < len(self):
+            raise IndexError(f"There are {len(self)} rows; got index {idx}.")
+        tokens, targets, segments, positions = np.zeros((4, self._length), np.int32)
+        weights = np.zeros(self._length, np.float32)
+        place = 0
+        for number, piece in enumerate(self._packer.row(int(idx)), start=1):
+            ids, learned = self._store.read(
+                piece.document, piece.begin, piece.begin + piece.pairs + 1
+            )
+            here = slice(place, place + piece.pairs)
+            tokens[here], targets[here] = ids[:-1], ids[1:]
+            weights[here] = 1.0 if learned is None else learned[1:]
+            # Padding behind a document is its own, or a row would hold padding in its midst.
+            whole = slice(place, place + piece.pairs + piece.padding)
+            segments[whole] = number
+            positions[whole] = np.arange(piece.pairs + piece.padding)
+            place = whole.stop
+        sources = None
+        if self._source is not None:
+            sources = np.full(self._length, self._source, np.int32)
+        return Batch(tokens, targets, segments, positions, weights, sources)
 
     def all_targets(self) -> np.ndarray:
-        """Every target that carries weight, window by window; int32."""
+        """Every target that carries weight, row by row; int32."""
         return np.concatenate([row.targets_BT[row.weights_BT > 0] for row in self])

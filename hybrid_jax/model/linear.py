@@ -4,10 +4,23 @@ import functools
 
 import jax
 
+from hybrid_jax.model.lowrank import LowRank
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+
 def project(x, w, num_in: int = 1):
     """x [..., in dims] times w [in dims, out dims]: [..., out dims], contracted over `num_in` dims.
+
+    `w` is an array, or a `LowRank`.
+    """
+    if not isinstance(w, LowRank):
+        return _project(x, w, num_in)
+    thin = _project(_project(x, w.a, num_in), w.b, 1)
+    return _project(x, w.weight, num_in) + w.scale * thin
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x, w, num_in: int = 1):
+    """`project` for arrays.
 
     The gradient of w is written as x^T dy. JAX derives (dy^T x)^T, which on a CPU runs at half the
     speed (measured with 4096 tokens, 256 to 768 dims, float32: 92 against 182 GFLOP/s).
@@ -21,7 +34,7 @@ def _product(x, w, num_in):
 
 
 def _forward(x, w, num_in):
-    # Not `project`: a rematerialisation policy would see that, and not the matrix product in it.
+    # Not `_project`: a rematerialisation policy would see that, and not the matrix product in it.
     return _product(x, w, num_in), (x, w)
 
 
@@ -34,4 +47,4 @@ def _backward(num_in, residuals, dy):
     return dx, dw
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)

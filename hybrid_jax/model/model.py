@@ -36,7 +36,10 @@ class Model(nnx.Module):
     """A language model of the family; owns every parameter as `nnx.Param`."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        init = params.Initialiser(key, config.dtypes.parameters, config.initializer_range)
+        init = params.Initialiser(
+            *(key, config.dtypes.parameters, config.initializer_range),
+            deep_gain=config.initialization.gain(config.num_layers),
+        )
         self.config = config
         self.embedding = Embedding(init, config.vocab_size, config.hidden_dim)
         self.stack = Stack(init, config)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.config.model import ModelConfig
-from hybrid_jax.model import remat
+from hybrid_jax.model import lowrank, remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.layer import LayerModule
 from hybrid_jax.model.mixers.table import MIXERS
@@ -103,6 +103,7 @@ class Stack(nnx.Module):
             if context.placement is not None:
                 params = context.placement.gather(params)
                 x_BTD = context.placement.constrain(x_BTD, *ROWS, None)
+            params = lowrank.merge_experts(params)
             x_BTD, _, routing = nnx.merge(graphdef, params)(x_BTD, context, layer_data, None)
             return x_BTD, routing
 

@@ -14,11 +14,11 @@ _NEWEST = 0.1
 class Progress:
     """Shows how a run goes; used as a context manager around the loop."""
 
-    def __init__(self, total_steps: int, stream=None):
+    def __init__(self, stream=None):
         """`stream` defaults to standard output; a terminal gets one line that is rewritten."""
         stream = sys.stdout if stream is None else stream
         self._console = rich_console.Console(file=stream, highlight=False, soft_wrap=True)
-        self._total = total_steps
+        self._total = 1
         self._step = 0
         self._first_step = 0
         self._seconds_per_step: float | None = None
@@ -37,9 +37,10 @@ class Progress:
             self._live.__exit__(*error)
             self._live = None
 
-    def start(self, step: int) -> None:
-        """Say where a resumed run begins; compiling still counts to its first step."""
+    def start(self, step: int, total_steps: int) -> None:
+        """Say where a run begins or goes on; compiling still counts to its first step."""
         self._step = self._first_step = step
+        self._total = total_steps
 
     def note(self, message: str) -> None:
         """Print a line that stays."""

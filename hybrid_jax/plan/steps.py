@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.config import data as data_config
 from hybrid_jax.config import layers, presets
 from hybrid_jax.config import model as model_config
 from hybrid_jax.config import training as train_config
@@ -57,7 +58,7 @@ def _train(
 ) -> Built:
     run = train_config.TrainConfig(
         model=config,
-        data=train_config.Text(path="-", sequence_length=request.seq),
+        data=data_config.text("-", sequence_length=request.seq),
         steps=1000,
         batch_size=request.batch,
         accumulate=request.accumulate,
@@ -77,8 +78,9 @@ def _train(
             shape, jnp.float32 if name in numbers else jnp.int32, sharding=rows
         )
         for name in kind._fields
+        if name != "sources_BT"
     }
-    batch = kind(**fields)
+    batch = kind(**fields, sources_BT=None)
     tokens = request.batch * request.seq
     return Built(
         step.make_train_step(run, skeleton, updates, placement, objective),

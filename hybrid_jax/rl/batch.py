@@ -17,6 +17,7 @@ class PolicyBatch(NamedTuple):
     segment_ids_BT: np.ndarray | None
     positions_BT: np.ndarray
     weights_BT: np.ndarray
+    sources_BT: np.ndarray | None
     advantages_BT: np.ndarray
     """float32; of the answer that a target belongs to, against others of its prompt."""
     old_logprobs_BT: np.ndarray

@@ -4,39 +4,36 @@ RUN/checkpoints/<step>/ holds two Orbax trees, `params` (by dotted name) and `op
 metadata the position in the data, and a manifest of checksums (`checkpoint.manifest`). Orbax makes
 the directory appear by one rename; the manifest comes last, so a directory without one is
 unfinished and one that its manifest does not fit is damaged: neither is ever restored, nor counted
-as one to keep. With several processes each writes and reads the parts of its devices; all take part
-in every call.
+as one to keep. With several processes each writes and reads the parts of its devices, and they
+share the hashing of files; all take part in every call, and what one finds damaged is so for all.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import json
 import pathlib
 import shutil
-import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hybrid_jax.checkpoint import manifest
+from hybrid_jax.checkpoint import digests, faults, manifest
+from hybrid_jax.training import shares
 from hybrid_jax.training.state import TrainState
 from sharding import processes
 
-# Until what one process wrote is seen by the first on a network file system.
-_SECONDS_TO_APPEAR = 90
+T = TypeVar("T")
 
 
 class Restored(NamedTuple):
     """What a checkpoint gives back."""
 
     state: TrainState
-    position: int
-    """Batches of data taken."""
+    position: dict
+    """Where the data goes on; valid JSON."""
     fingerprint: str
     """Identifies the data the position belongs to."""
 
@@ -57,7 +54,9 @@ class CheckpointStore:
         self._note = note
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._writing: concurrent.futures.Future | None = None
+        # Steps that are damaged, or of a course that was left by restoring an older step.
         self._bad: set[int] = set()
+        self._begun = 0
         if keep is not None and processes.is_first():
             _clear(self._directory)
         self._latest = max(self._decided()[0], default=None)
@@ -94,17 +93,18 @@ class CheckpointStore:
         """Whether there is a checkpoint older than `step`; the same answer in all processes."""
         return any(each < step for each in self._decided()[0] if each not in self._bad)
 
-    def save(self, step: int, state: TrainState, position: int, fingerprint: str) -> None:
+    def save(self, step: int, state: TrainState, position: dict, fingerprint: str) -> None:
         """Begin to write; waits for the write before only. A step that is there stays as it is.
 
-        The state is hashed and copied before this returns: an update may then take its memory.
+        The state is in host memory before this returns: an update may then take its buffers.
         """
         self.wait()
         if step == self._latest:
             return
+        self._begun += 1
         with self._explained():
-            arrays = manifest.describe(_named(state))
-            _leave_part(self._directory, step, arrays)
+            faults.reach("begin")
+            held = digests.hold(_named(state))
             response = ocp.save_checkpointables_async(
                 self._path(step),
                 {"params": state.params, "optimizer": state.optimizer},
@@ -112,33 +112,58 @@ class CheckpointStore:
                 overwrite=True,
                 custom_metadata={"position": position, "fingerprint": fingerprint},
             )
-        self._writing = self._finisher.submit(self._finish, step, response, arrays)
+        self._writing = self._finisher.submit(self._finish, step, response, held, self._begun)
 
     def wait(self) -> None:
-        """Return when everything is on disk. Raises OSError if something could not be written."""
+        """Return when everything is on disk. Raises OSError if something could not be written.
+
+        This process's part of it: only the first one writes the manifest, by which it counts.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             with self._explained():
                 self._latest = writing.result()
 
-    def _finish(self, step: int, response, arrays) -> int:
-        response.result()
-        if processes.is_first():
-            manifest.write(self._path(step), _all_parts(self._directory, step, arrays))
-            self._bad.discard(step)
-            self._retain()
+    def _finish(self, step: int, response, held, number: int) -> int:
+        """Until all is on disk; beside the training."""
+        path = self._path(step)
+        try:
+            faults.reach("arrays")
+            arrays = digests.describe(held)
+            del held
+        finally:
+            # Whatever happens here, Orbax writes on, and the next save must find it done.
+            response.result()
+        faults.reach("written")
+        self._bad.discard(step)
+        if jax.process_count() > 1:
+            files = manifest.hash_files(path, jax.process_index(), jax.process_count())
+            if not processes.is_first():
+                shares.leave(self._directory, number, arrays, files)
+                return step
+            manifest.write(path, *shares.collect(self._directory, number, arrays, files))
+        else:
+            manifest.write(path, arrays)
+        self._retain(step)
         return step
 
-    def _retain(self) -> None:
-        """Remove what is older than the newest `keep` whole ones; never one of those."""
-        whole, unfinished = _steps(self._directory)
-        good = [step for step in whole if step not in self._bad]
-        if self._keep is None or not good:
+    def _retain(self, newest: int) -> None:
+        """Remove all but `newest`, which was just written, and the good ones before it to keep.
+
+        What cannot be removed is noted; the next save tries again.
+        """
+        if self._keep is None:
             return
-        bad = [step for step in (*unfinished, *self._bad) if step < good[-1]]
-        for step in (*good[: -self._keep], *bad):
-            _remove(self._path(step))
-            self._bad.discard(step)
+        whole, unfinished = _steps(self._directory)
+        good = [step for step in whole if step not in self._bad and step <= newest]
+        for path in self._directory.glob(".gone-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for step in sorted({*whole, *unfinished} - {*good[-self._keep :], newest}):
+            try:
+                _remove(self._path(step))
+                self._bad.discard(step)
+            except OSError as error:
+                self._note(f"The old checkpoint {self._path(step)} could not be removed: {error}.")
 
     @contextlib.contextmanager
     def _explained(self):
@@ -159,7 +184,8 @@ class CheckpointStore:
         With `before` the newest good one of an earlier step than that.
         Every file is read and held against its checksum before, every array after. A newest one
         that is damaged is named and passed over; with `step` that is an error, `manifest.Damaged`.
-        Arrays go where `abstract` says, else to the first device, wherever they were when stored.
+        Later steps than `step` then count as left: the next one saved takes their place. Arrays go
+        where `abstract` says, else to the first device, wherever they were when stored.
         """
         wanted = {"params": abstract.params, "optimizer": abstract.optimizer}
         step, trees = self._first_good(step, wanted, before)
@@ -193,41 +219,36 @@ class CheckpointStore:
         problems = []
         for each in tried:
             try:
-                self._verify(each)
-                trees = self._load(each, abstract)
-                processes.all_pass(functools.partial(self._check, each, trees))
-            except (manifest.Damaged, FileNotFoundError) as error:
+                trees = self._read(each, abstract)
+            except manifest.Damaged as error:
                 if step is not None:
                     raise
                 problems.append(str(error))
                 self._bad.add(each)
                 self._note(f"{error} Trying the checkpoint before it.")
                 continue
-            # A later one that is bad is no longer the latest, and is written again in its turn.
-            self._latest = max(set(whole) - self._bad)
+            self._bad.update(later for later in whole if later > each)
+            self._latest = each
             return each, trees
         raise ValueError(f"{self._directory} has no good checkpoint: {' '.join(problems)}")
 
-    def _verify(self, step: int) -> None:
-        """Read all files once, in the first process. Raises Damaged or FileNotFoundError in all."""
+    def _read(self, step: int, abstract: dict) -> dict:
+        """The trees of one checkpoint, verified. Raises Damaged in all processes or none."""
+        path = self._path(step)
+        share = {"name": path.name, "number": jax.process_index(), "of": jax.process_count()}
+        written = _agree(lambda: manifest.verify(path, **share))
+        asked = tuple(f"{name}/" for name in abstract)
+        arrays = {name: a for name, a in written.arrays.items() if name.startswith(asked)}
 
-        def look() -> str:
-            try:
-                manifest.verify(self._path(step))
-            except (manifest.Damaged, FileNotFoundError) as error:
-                return f"{type(error).__name__}:{error}"
-            return ""
+        def load() -> tuple[dict, list[str]]:
+            trees = self._load(step, abstract)
+            return trees, digests.check(arrays, _by_name(trees))
 
-        kind, _, problem = processes.from_first(look).partition(":")
-        if problem:
-            raise {"Damaged": manifest.Damaged}.get(kind, FileNotFoundError)(problem)
-
-    def _check(self, step: int, trees: dict) -> None:
-        written = manifest.read(self._path(step))
-        found = _by_name(trees)
-        prefixes = tuple(f"{name}/" for name in trees)
-        asked = {k: v for k, v in written.arrays.items() if k.startswith(prefixes)}
-        manifest.check_arrays(dataclasses.replace(written, arrays=asked), found)
+        trees, uncompared = _agree(load)
+        if any(processes.gather(" ".join(uncompared))):
+            # Files that are whole before and after were whole in between.
+            _agree(lambda: manifest.verify(path, **share))
+        return trees
 
     def _decided(self) -> tuple[list[int], list[int]]:
         """`_steps` as the first process sees them: all must try the same ones."""
@@ -241,6 +262,8 @@ class CheckpointStore:
         try:
             return ocp.load_checkpointables(self._path(step), placed)
         except (ValueError, KeyError, OSError) as error:
+            # Not if it was damaged since it was verified.
+            manifest.verify(self._path(step))
             raise ValueError(
                 f"The checkpoint {self._path(step)} cannot be read as this model's: {error}. Use "
                 "the configuration it was written with, or remove it to take the one before."
@@ -258,20 +281,34 @@ def _steps(directory: pathlib.Path) -> tuple[list[int], list[int]]:
 
 
 def _clear(directory: pathlib.Path) -> None:
-    """Remove what a killed run left: drafts, what was being removed, parts of manifests."""
+    """Remove what a killed run left: drafts, and what was being removed."""
     for pattern in ("*.orbax-checkpoint-tmp*", ".gone-*"):
         for path in directory.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob(".part-*"):
+    for path in directory.glob(f"[0-9]*/{manifest.NAME}.draft-*"):
         path.unlink(missing_ok=True)
+    shares.clear(directory)
 
 
 def _remove(path: pathlib.Path) -> None:
     """Out of sight by one rename, then away: a kill in between leaves nothing half there."""
     gone = path.with_name(f".gone-{path.name}")
-    shutil.rmtree(gone, ignore_errors=True)
+    faults.reach("retention")
     path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    faults.reach("deletion")
+    shutil.rmtree(gone)
+
+
+def _agree(check: Callable[[], T]) -> T:
+    """What `check` gives, if it finds no damage in any process; else Damaged in all of them."""
+    problem, result = "", None
+    try:
+        result = check()
+    except (manifest.Damaged, FileNotFoundError) as error:
+        problem = str(error)
+    if said := [text for text in processes.gather(problem) if text]:
+        raise manifest.Damaged(said[0])
+    return result  # type: ignore[return-value]
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
@@ -282,36 +319,6 @@ def _by_name(trees: dict) -> dict[str, jax.Array]:
     """Every array of the trees under its path, e.g. params/norm.scale."""
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _part(directory: pathlib.Path, step: int, process: int) -> pathlib.Path:
-    return directory / f".part-{step}-{process}"
-
-
-def _leave_part(directory: pathlib.Path, step: int, arrays) -> None:
-    """What this process knows of the arrays, for the first process to collect."""
-    if not processes.is_first():
-        text = json.dumps(manifest.to_json(arrays))
-        _part(directory, step, jax.process_index()).write_text(text, encoding="utf-8")
-
-
-def _all_parts(directory: pathlib.Path, step: int, own) -> dict[str, manifest.Array]:
-    """The arrays of all processes. Raises OSError if one's part does not appear."""
-    parts = [own]
-    deadline = time.monotonic() + _SECONDS_TO_APPEAR
-    for process in range(1, jax.process_count()):
-        path = _part(directory, step, process)
-        while True:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                parts.append(manifest.from_json(json.loads(path.read_text(encoding="utf-8"))))
-                break
-            if time.monotonic() > deadline:
-                raise OSError(f"process {process} left no {path.name} beside the checkpoint")
-            time.sleep(0.1)
-    merged = manifest.merge(parts)
-    for process in range(1, jax.process_count()):
-        _part(directory, step, process).unlink(missing_ok=True)
-    return merged
 
 
 def _placed(leaf) -> jax.ShapeDtypeStruct:

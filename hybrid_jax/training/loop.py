@@ -8,23 +8,21 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
-from hybrid_jax import data as data_lib
 from hybrid_jax import observe
 from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import WindowIndex
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.observe import tensorboard
 from hybrid_jax.observe.profile import Profile
-from hybrid_jax.training import bad_batches, environment, placing
+from hybrid_jax.training import bad_batches, environment, lasting, placing, starting
 from hybrid_jax.training import run as run_lib
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.diverged import diverged
 from hybrid_jax.training.efficiency import Efficiency, peak_memory
-from hybrid_jax.training.evaluate import heldout_loss
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.evaluate import Heldout
 from hybrid_jax.training.history import History
 from hybrid_jax.training.opening import Opened, open_run
 from hybrid_jax.training.optimizer import Optimizer
@@ -35,6 +33,7 @@ from hybrid_jax.training.state import TrainState, abstract_state, initial_state
 from hybrid_jax.training.state_norms import StateNorms
 from hybrid_jax.training.step import make_evaluation_step, make_train_step
 from hybrid_jax.training.stop import StopSignal
+from hybrid_jax.training.supply import Supplied, Supply, windows_of
 from hybrid_jax.training.watchdog import Watchdog
 from sharding import processes
 
@@ -82,61 +81,51 @@ def train(
     with contextlib.ExitStack() as held:
         if not processes.is_first():
             stream = held.enter_context(open(os.devnull, "w"))
-        progress = held.enter_context(observe.Progress(config.steps, stream=stream))
+        progress = held.enter_context(observe.Progress(stream))
         stop = held.enter_context(StopSignal())
         placement = placing.choose(config, devices, progress.note)
         with open_run(config, path, resume=resume, note=progress.note) as opened:
-            return Trainer(config, opened, progress, placement, devices).run(stop)
-
-
-class _Taken(NamedTuple):
-    """A batch out of the data."""
-
-    batch: data_lib.Batch
-    """On the devices."""
-    own: data_lib.Batch
-    """This process's rows of it."""
-    position: int
-    """Batches taken, this one included."""
+            windows = windows_of(config, opened.parts)
+            config = lasting.with_steps(config, windows)
+            return Trainer(config, opened, windows, progress, placement, devices).run(stop)
 
 
 class Trainer:
     """The parts of one run, put together; `run` is the loop."""
 
     def __init__(
-        self, config: TrainConfig, opened: Opened, progress, placement: Placement | None, devices
+        self,
+        config: TrainConfig,
+        opened: Opened,
+        windows: Sequence[WindowIndex],
+        progress: observe.Progress,
+        placement: Placement | None,
+        devices: Sequence,
     ):
         self._config = config
         self._run = opened.run
         self._progress = progress
         self._placement = placement
-        self._skeleton = Skeleton(config.model)
+        self._skeleton = Skeleton(config.model, config.tuning)
         self._optimizer = Optimizer(config, self._skeleton.axes)
         parts = (config, self._skeleton, self._optimizer, placement)
-        self._train_step = processes.Together(make_train_step(*parts))
+        self._train_step = processes.Together(
+            make_train_step(*parts, num_sources=len(opened.parts))
+        )
         self._evaluation_step = processes.Together(
             make_evaluation_step(config, self._skeleton, placement)
         )
+        self._supply = Supply(config, windows, placement)
+        progress.note(f"{self._supply.efficiency:.1%} of the places in rows hold tokens.")
         self._state_norms = StateNorms(config, self._skeleton, placement, progress.note)
         self._history = History(config.faults)
-        length = config.data.sequence_length
         computing = devices[:1] if placement is None else placement.mesh.devices.flatten()
-        self._efficiency = Efficiency(config.model, length, computing)
-        self._feed = Feed(placement, config.batch_size, length)
-        windows = data_lib.WindowIndex(opened.tokens.training, length, config.seed)
-        self._batches = data_lib.Batches(
-            windows, config.batch_size, seed=config.seed, rows=self._feed.rows
-        )
+        self._efficiency = Efficiency(config.model, config.data.sequence_length, computing)
         self._fingerprint = opened.fingerprint
-        self._heldout = None
+        self._heldout = Heldout(config, opened.parts, placement)
         self._unigram_entropy = None
-        if opened.tokens.heldout is not None:
-            # In the store's order: evaluation does not depend on the seed.
-            self._heldout = data_lib.WindowIndex(opened.tokens.heldout, length, seed=None)
-            rows = config.batch_size // config.accumulate
-            self._heldout_feed = Feed(placement, rows, length)
-            if processes.is_first():
-                self._unigram_entropy = data_lib.unigram_entropy(self._heldout.all_targets())
+        if self._heldout and processes.is_first():
+            self._unigram_entropy = self._heldout.unigram_entropy()
 
     def run(self, stop: StopSignal) -> Outcome:
         """Continue from the newest checkpoint, or begin."""
@@ -146,20 +135,20 @@ class Trainer:
                 CheckpointStore(self._run.checkpoints, config.checkpoints.keep, self._progress.note)
             )
             state = self._starting_state(checkpoints)
-            step, position = int(state.step), self._batches.position
+            step, position = int(state.step), self._supply.position
             self._recall(step)
-            self._progress.start(step)
+            self._progress.start(step, config.steps)
             self._progress.note("Compiling the update; the first step takes longer ...")
             saver, watchdog, profile, recorder = self._around(checkpoints, step, held)
-            ahead = self._next_batch()
-            while step < config.steps and stop.name is None:
+            ahead = self._next(step)
+            while ahead is not None and stop.name is None:
                 begin = time.monotonic()
                 stop.ask()
                 profile.before(step + 1)
                 state, values = self._train_step(state, ahead.batch, self._history.limits())
-                # Fetched while the device computes; its position counts from the next step on.
-                taken, ahead = ahead, self._next_batch()
-                step, position = step + 1, taken.position
+                step, position = step + 1, ahead.position
+                # The next is fetched while the device computes.
+                taken, ahead = ahead, self._next(step)
                 record = self._record(step, values, begin, taken)
                 watchdog.alive()
                 profile.after(step)
@@ -197,9 +186,9 @@ class Trainer:
         watchdog.slow("compiling and the first step")
         return saver, watchdog, profile, recorder
 
-    def _next_batch(self) -> _Taken:
-        own = next(self._batches)
-        return _Taken(self._feed.place(own), own, self._batches.position)
+    def _next(self, step: int) -> Supplied | None:
+        """The batch of the update after `step`; None after the last, for the data may end there."""
+        return self._supply.next() if step < self._config.steps else None
 
     def _recall(self, step: int) -> None:
         """What the steps up to this one were like, as the first process's metrics have it.
@@ -220,8 +209,14 @@ class Trainer:
             self._history.load(past)
 
     def _starting_state(self, checkpoints: CheckpointStore) -> TrainState:
+        parts = (self._config, self._skeleton, self._optimizer, self._placement)
+        if checkpoints.latest_step is None and self._config.start is not None:
+            state, origin = starting.begin(*parts, self._progress.note, self._run.tokenizer)
+            if processes.is_first():
+                origin.write(self._run.origin)
+            return state
         if checkpoints.latest_step is None:
-            return initial_state(self._config, self._skeleton, self._optimizer, self._placement)
+            return initial_state(*parts)
         restored = checkpoints.restore(self._abstract_state())
         if restored.fingerprint != self._fingerprint:
             raise ValueError(
@@ -234,15 +229,16 @@ class Trainer:
                 f"steps={self._config.steps}, but {self._run.path} has already done "
                 f"{int(restored.state.step)}. Give --steps that many or more."
             )
-        self._batches.seek(restored.position)
+        self._supply.seek(restored.position)
         self._progress.note(f"Resuming at step {int(restored.state.step)}.")
         return restored.state
 
     def _abstract_state(self) -> TrainState:
         return abstract_state(self._skeleton, self._optimizer, self._placement)
 
-    def _record(self, step: int, values, begin: float, taken: _Taken) -> dict:
+    def _record(self, step: int, values, begin: float, taken: Supplied) -> dict:
         """One line of metrics.jsonl; waits for the device."""
+        # Numbers, and lists of them for what is told by source or position.
         values = {name: value.tolist() for name, value in jax.device_get(values).items()}
         seconds = time.monotonic() - begin
         tokens = values.pop("tokens")
@@ -258,17 +254,15 @@ class Trainer:
             "peak_memory_bytes": peak_memory(),
         } | values
 
-    def _keep_bad(self, record: dict, taken: _Taken) -> pathlib.Path:
+    def _keep_bad(self, record: dict, taken: Supplied) -> pathlib.Path:
         """Write out the batch of an update that was skipped; where it is, or should be."""
-        step, rows = record["step"], self._feed.rows
+        step = record["step"]
         self._progress.note(
             f"Step {step}: loss {record['loss']:.6g}, gradient norm "
             f"{record['gradient_norm']:.6g}; the update is skipped."
         )
         try:
-            return bad_batches.write(
-                self._run.bad_batches, step, taken.position - 1, rows, taken.own
-            )
+            return bad_batches.write(self._run.bad_batches, step, taken)
         except OSError as error:
             self._progress.note(f"Its batch could not be written: {error}")
             return self._run.bad_batches
@@ -299,21 +293,16 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int, record: dict, watchdog: Watchdog) -> None:
         """Adds what held-out text tells to `record`: all of it after the last step."""
-        if self._heldout is None:
+        if not self._heldout:
             return
         last = step == self._config.steps
         limit = None if last else self._config.evaluation.batches
         watchdog.slow("compiling and the first batch of an evaluation")
-        record["heldout_loss"] = heldout_loss(
-            self._evaluation_step,
-            state.params,
-            self._heldout,
-            self._heldout_feed,
-            limit,
-            after_batch=watchdog.alive,
+        record |= self._heldout.losses(
+            self._evaluation_step, state.params, limit, after_batch=watchdog.alive
         )
         watchdog.slow("measuring the memories of lightning layers")
-        record |= self._state_norms(state.params, self._heldout, self._heldout_feed)
+        record |= self._state_norms(state.params, self._heldout)
         watchdog.alive()
 
     def _finish(self, step: int, stopped_by: str | None) -> Outcome:

@@ -15,12 +15,12 @@ from sharding import Logical
 
 
 class TokenLoss(NamedTuple):
-    """Sums over tokens, float32; divide by the sum of weights for means."""
+    """The sum to minimise and what each token has of it, float32."""
 
     total: jax.Array
-    """Weighted nll plus z-loss; the only one with a gradient."""
-    nll: jax.Array
-    """Weighted negative log-likelihood in nats, by the weights that were given."""
+    """Sum over tokens of weighted nll plus z-loss; the only one with a gradient."""
+    nll_BT: jax.Array
+    """Negative log-likelihood of each target in nats, whatever its weight."""
 
 
 # (log-probability of each target, weights, *more of each token) -> weights. Hashable: it is part of
@@ -39,7 +39,7 @@ def cross_entropy(
     chunk_tokens: int = 1024,
     placement: Placement | None = None,
 ) -> TokenLoss:
-    """Sums of weights * (nll + z_loss * log_normaliser**2) over all tokens, in float32.
+    """The sum of weights * (nll + z_loss * log_normaliser**2), and each nll, in float32.
 
     x_BTD [B, T, D] is the output of the final norm, kernel_DW [D, W] the output head, targets int32
     [B, T], weights float32 [B, T]; a token of weight 0 counts for nothing, whatever its target.
@@ -53,7 +53,7 @@ def cross_entropy(
     With a `placement`, tokens are split as it says and words as they rest, and no logits are
     brought together: the largest, the sums and the target's are. Devices that split words and
     tokens too bring each chunk's tokens together, and then have a chunk for each of them, of so
-    many times fewer words. The sums are over all devices.
+    many times fewer words. The sum is over all devices; each nll stays with its token.
     """
     arrays = x_BTD, kernel_DW, targets_BT, weights_BT, *more_BT
     if placement is None:
@@ -64,16 +64,18 @@ def cross_entropy(
 
     def local(x_BTD, kernel_DW, *tokens_BT):
         kernel_DW = kernel.whole(kernel_DW)
-        sums = _cross_entropy(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT)
-        return jax.lax.psum(sums, shared) if shared else sums
+        total, nll_BT = _cross_entropy(
+            chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT
+        )
+        return jax.lax.psum(total, shared) if shared else total, nll_BT
 
-    sums = jax.shard_map(
+    found = jax.shard_map(
         local,
         mesh=placement.mesh,
         in_specs=(placement.spec(*ROWS, None), kernel.spec, *[tokens] * (2 + len(more_BT))),
-        out_specs=PartitionSpec(),
+        out_specs=(PartitionSpec(), tokens),
     )(*arrays)
-    return TokenLoss(*sums)
+    return TokenLoss(*found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -81,33 +83,34 @@ def _cross_entropy(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *toke
     """`split`, a `words.Words`, says how the vocabulary lies on devices, in shard_map."""
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
-    def one_chunk(sums, chunk):
-        total, nll, _, _ = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
-        return (sums[0] + total, sums[1] + nll), None
+    def one_chunk(total_sum, chunk):
+        total, nll_BC, _, _ = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
+        return total_sum + total, nll_BC
 
     chunks = _split(chunk_tokens, x_BTD, *tokens_BT)
     zero, _ = varying.alike(jnp.float32(0), x_BTD)
-    sums, _ = _scan(one_chunk, (zero, zero), chunks)
-    return sums
+    total, nll_NBC = _scan(one_chunk, zero, chunks)
+    return total, _join(nll_NBC, x_BTD.shape[1])
 
 
 def _cross_entropy_fwd(chunk_tokens, z_loss, reweigh, split, x_BTD, kernel_DW, *tokens_BT):
     kernel_f32 = kernel_DW.astype(jnp.float32)
 
     def one_chunk(carry, chunk):
-        total_sum, nll_sum, dkernel_DW = carry
+        total_sum, dkernel_DW = carry
         x_BCD = chunk[0]
-        total, nll, dlogits_BCW, x_f32 = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
+        total, nll_BC, dlogits_BCW, x_f32 = _chunk_loss(z_loss, reweigh, split, kernel_f32, *chunk)
         dx_BCD = split.add_and_return(jnp.einsum("bcw,dw->bcd", dlogits_BCW, kernel_f32))
         dkernel_DW = dkernel_DW + jnp.einsum("bcd,bcw->dw", x_f32, dlogits_BCW)
-        return (total_sum + total, nll_sum + nll, dkernel_DW), dx_BCD.astype(x_BCD.dtype)
+        return (total_sum + total, dkernel_DW), (nll_BC, dx_BCD.astype(x_BCD.dtype))
 
     chunks = _split(chunk_tokens, x_BTD, *tokens_BT)
     zero, _ = varying.alike(jnp.float32(0), x_BTD)
-    start = (zero, zero, jnp.zeros_like(kernel_f32))
-    (total, nll, dkernel_DW), dx_NBCD = _scan(one_chunk, start, chunks)
-    dx_BTD = _join(dx_NBCD, x_BTD.shape[1])
-    return (total, nll), (dx_BTD, dkernel_DW.astype(kernel_DW.dtype), (None,) * len(tokens_BT))
+    start = (zero, jnp.zeros_like(kernel_f32))
+    (total, dkernel_DW), of_tokens = _scan(one_chunk, start, chunks)
+    nll_BT, dx_BTD = (_join(each, x_BTD.shape[1]) for each in of_tokens)
+    residuals = dx_BTD, dkernel_DW.astype(kernel_DW.dtype), (None,) * len(tokens_BT)
+    return (total, nll_BT), residuals
 
 
 def _cross_entropy_bwd(chunk_tokens, z_loss, reweigh, split, residuals, cotangents):
@@ -122,9 +125,9 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def _chunk_loss(z_loss, reweigh, split, kernel_DW, x_BCD, targets_BC, weights_BC, *more_BC):
-    """(sum of loss, sum of nll, gradient of the first with respect to the logits, x in float32).
+    """(sum of loss, each nll, gradient of the first with respect to the logits, x in float32).
 
-    The sums are of the tokens given; the other two of all that meet this device's words.
+    The first two are of the tokens given; the others of all that meet this device's words.
     """
     x_BCD, targets_BC, weights_BC = map(split.bring, (x_BCD, targets_BC, weights_BC))
     x_BCD = x_BCD.astype(jnp.float32)
@@ -144,13 +147,13 @@ def _chunk_loss(z_loss, reweigh, split, kernel_DW, x_BCD, targets_BC, weights_BC
         weights_BC if reweigh is None else reweigh(-nll_BC, weights_BC, *map(split.bring, more_BC))
     )
     total_BC = by_BC * nll_BC + z_loss * weights_BC * normaliser_BC**2
-    total, nll = (jnp.sum(split.own(each_BC)) for each_BC in (total_BC, weights_BC * nll_BC))
+    total = jnp.sum(split.own(total_BC))
     scale_BC = by_BC + 2 * z_loss * weights_BC * normaliser_BC
     is_target_BCW = here_BC1 == jax.lax.broadcasted_iota(jnp.int32, logits_BCW.shape, 2)
     dlogits_BCW = exp_BCW * (scale_BC[..., None] / sum_BC1) - jnp.where(
         is_target_BCW, by_BC[..., None], 0.0
     )
-    return total, nll, dlogits_BCW, x_BCD
+    return total, split.own(nll_BC), dlogits_BCW, x_BCD
 
 
 def _split(chunk_tokens, x_BTD, *tokens_BT):
@@ -166,10 +169,11 @@ def _split(chunk_tokens, x_BTD, *tokens_BT):
     return tuple(split(array) for array in (x_BTD, *tokens_BT))
 
 
-def _join(array_NBCD, T):
-    array_BNCD = jnp.moveaxis(array_NBCD, 0, 1)
-    B, N, C, D = array_BNCD.shape
-    return array_BNCD.reshape(B, N * C, D)[:, :T]
+def _join(chunks, T):
+    """What `_split` made of [B, T, ...]: chunks [N, B, C, ...] as they were."""
+    chunks = jnp.moveaxis(chunks, 0, 1)
+    B, N, C, *rest = chunks.shape
+    return chunks.reshape(B, N * C, *rest)[:, :T]
 
 
 def _scan(body, carry, chunks):
@@ -177,4 +181,4 @@ def _scan(body, carry, chunks):
     if chunks[0].shape[0] > 1:
         return jax.lax.scan(body, carry, chunks)
     carry, out = body(carry, tuple(chunk[0] for chunk in chunks))
-    return carry, None if out is None else out[None]
+    return carry, jax.tree.map(lambda array: array[None], out)

@@ -13,6 +13,7 @@ import jax
 
 from hybrid_jax.config import text
 from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import corpus
 from hybrid_jax.training import run as run_lib
 from sharding import processes
 
@@ -25,7 +26,8 @@ class Opened:
     """What every process needs to train."""
 
     run: run_lib.RunDirectory
-    tokens: run_lib.Tokens
+    parts: tuple[corpus.Part, ...]
+    """The sources, tokenised."""
     fingerprint: str
     """Identifies the data."""
 
@@ -43,8 +45,8 @@ def open_run(
     with contextlib.ExitStack() as held:
 
         def make() -> str:
-            tokens = _claim(config, run, resume, held, note)
-            facts = {"fingerprint": tokens.training.fingerprint(), "config": _digest(config)}
+            parts = _claim(config, run, resume, held, note)
+            facts = {"fingerprint": corpus.fingerprint(parts), "config": _digest(config)}
             return json.dumps(facts | {"holder": _holder(run)})
 
         facts = json.loads(processes.from_first(make))
@@ -53,24 +55,17 @@ def open_run(
         def see() -> None:
             if not processes.is_first():
                 _check_same(config, run, facts)
-            opened.append(Opened(run, run_lib.load_tokens(run), facts["fingerprint"]))
+            opened.append(Opened(run, run_lib.load_tokens(config, run), facts["fingerprint"]))
 
         processes.all_pass(see)
         yield opened[0]
 
 
-def _claim(config: TrainConfig, run, resume: bool, held, note) -> run_lib.Tokens:
+def _claim(config: TrainConfig, run, resume: bool, held, note) -> tuple[corpus.Part, ...]:
     """Enter the directory into `held`, with the tokens in it."""
-    if resume:
-        directory = run_lib.resume(config, run.path)
-        documents = lambda: run_lib.read_documents(config.data, note)
-    else:
-        # Read first: a mistyped path must not leave a directory behind.
-        found = run_lib.read_documents(config.data, note)
-        documents = lambda: found
-        directory = run_lib.begin(config, run.path)
-    held.enter_context(directory)
-    return run_lib.prepare_tokens(config, run, documents, note)
+    enter = run_lib.resume if resume else run_lib.begin
+    held.enter_context(enter(config, run.path))
+    return run_lib.prepare_tokens(config, run, note)
 
 
 def _check_same(config: TrainConfig, run: run_lib.RunDirectory, facts: dict) -> None:

@@ -47,7 +47,7 @@ def check(config: TrainConfig, placement: Placement) -> None:
     """ValueError, with the numbers, if rows, tokens or parameters do not divide."""
     _check_rows(config, placement)
     _check_tokens(config, placement)
-    skeleton = Skeleton(config.model)
+    skeleton = Skeleton(config.model, config.tuning)
     shardings(skeleton, Optimizer(config, skeleton.axes), placement)
 
 

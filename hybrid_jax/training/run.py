@@ -9,11 +9,10 @@ import shutil
 import socket
 from collections.abc import Callable
 
-from hybrid_jax import data as data_lib
 from hybrid_jax.checkpoint import atomic
 from hybrid_jax.config import text
-from hybrid_jax.config.training import Text, TrainConfig
-from hybrid_jax.data import store as store_lib
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.data import corpus
 
 # Fields of a configuration that a run may be continued with others of.
 MAY_CHANGE = ("steps", "parallel", "faults", "observation")
@@ -50,6 +49,10 @@ class RunDirectory:
         return self.path / "tokens"
 
     @property
+    def origin(self) -> pathlib.Path:
+        return self.path / "start.json"
+
+    @property
     def environment(self) -> pathlib.Path:
         return self.path / "environment.json"
 
@@ -79,7 +82,7 @@ class RunDirectory:
         """All that a run makes."""
         stored = (self.config, self.metrics, self.checkpoints, self.curve, self.tokenizer)
         shown = (self.environment, self.bad_batches, self.tensorboard, self.profile, self.hang)
-        return (*stored, *shown, self.tokens, self.lock)
+        return (*stored, *shown, self.tokens, self.origin, self.lock)
 
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
@@ -142,16 +145,22 @@ def resume(config: TrainConfig, path):
 
 def store_config(run: RunDirectory, config: TrainConfig) -> None:
     """Write RUN/config.yaml, whole or not at all."""
-    beside = run.config.with_name("config.yaml.new")
+    beside = _draft(run.config)
     text.write_yaml(config, beside)
     beside.replace(run.config)
+
+
+def _draft(file: pathlib.Path) -> pathlib.Path:
+    """As it is called until it is whole."""
+    return file.with_name(f"{file.name}.new")
 
 
 def _check_free(run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise FileExistsError(f"{run.path} is a file; choose a directory with --out.")
-    # A process that was killed at once leaves its lock, which nobody holds then.
-    if run.path.exists() and any(path != run.lock for path in run.path.iterdir()):
+    # A process that was killed at once leaves its lock, which nobody holds then, and a draft.
+    left = {run.lock, _draft(run.config)}
+    if run.path.exists() and set(run.path.iterdir()) - left:
         raise FileExistsError(
             f"{run.path} already holds a run or other files. Continue it with --resume, or choose "
             "another directory with --out."
@@ -182,10 +191,9 @@ def _locked(run: RunDirectory):
 def _take_back(run: RunDirectory, made: list[pathlib.Path]) -> None:
     """Remove what `begin` and `prepare_tokens` made, and nothing else."""
     shutil.rmtree(run.tokens, ignore_errors=True)
-    for file in (run.config, run.tokenizer, run.lock):
+    for file in (run.config, run.tokenizer, run.origin, run.lock):
         file.unlink(missing_ok=True)
-        # As it is called until it is whole.
-        file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+        _draft(file).unlink(missing_ok=True)
     atomic.unmake(made)
 
 
@@ -200,78 +208,25 @@ def _changed_lines(stored: TrainConfig, wanted: TrainConfig):
             yield f"{path} = {old.get(path, 'absent')}", new.get(path, "absent")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """A run's data, ready to be cut into windows."""
-
-    training: data_lib.TokenStore
-    heldout: data_lib.TokenStore | None
-
-
 def prepare_tokens(
-    config: TrainConfig, run: RunDirectory, documents, note: Callable[[str], None]
-) -> Tokens:
-    """The run's token stores: read if they are there, else made from `documents()`.
+    config: TrainConfig, run: RunDirectory, note: Callable[[str], None]
+) -> tuple[corpus.Part, ...]:
+    """The run's sources, tokenised into RUN/tokens unless they are there or were prepared before.
 
     Trains and stores the tokenizer first if the run has none. Stored once, the data of a run never
     changes, whatever becomes of the text files.
     """
-    if not (run.tokens / "training.json").exists():
-        _tokenise(config, run, documents(), note)
-    tokens = load_tokens(run)
-    tokens.training.check_vocabulary(config.model.vocab_size, "training text")
-    if tokens.heldout is not None:
-        tokens.heldout.check_vocabulary(config.model.vocab_size, "held-out text")
-    return tokens
-
-
-def load_tokens(run: RunDirectory) -> Tokens:
-    """What `prepare_tokens` made. Raises ValueError if it is missing or damaged."""
-    training = store_lib.TokenStore.load(run.tokens, "training")
-    heldout = None
-    if (run.tokens / "heldout.json").exists():
-        heldout = store_lib.TokenStore.load(run.tokens, "heldout")
-    return Tokens(training, heldout)
-
-
-def read_documents(config: Text, note: Callable[[str], None]) -> list[data_lib.Document]:
-    """The documents `config` names; what had to be left out is said, at most three times."""
-    documents, complaints = data_lib.find_documents(config.path, config.pattern, config.exclude)
-    for complaint in complaints[:3]:
-        note(complaint)
-    if len(complaints) > 3:
-        note(f"... and {len(complaints) - 3} more files left out.")
-    return documents
-
-
-def _tokenise(config: TrainConfig, run: RunDirectory, documents, note) -> None:
-    fraction = config.data.heldout_fraction
-    heldout = [d for d in documents if data_lib.is_heldout(d.name, fraction)]
-    training = [d for d in documents if not data_lib.is_heldout(d.name, fraction)]
-    if not training:
-        raise ValueError(
-            f"All {len(documents)} documents fell into the held-out part. Give more documents, or "
-            "--data.heldout-fraction 0."
-        )
-    if run.tokenizer.exists():
-        try:
-            tokenizer = data_lib.Tokenizer.load(run.tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{error} Delete it to have one made from the text again.") from error
+    wanted = range(len(config.data.sources))
+    places = [corpus.place_of(run.tokens, number) / "dataset.json" for number in wanted]
+    if run.tokenizer.exists() and all(place.exists() for place in places):
+        parts = corpus.load(config.data, run.tokens, verify=True)
     else:
-        tokenizer = _tokenizer(config, training, note)
-        tokenizer.save(run.tokenizer)
-    note(f"Tokenising {len(training)} documents, {len(heldout)} held out ...")
-    if heldout:
-        store_lib.tokenise(heldout, tokenizer).save(run.tokens, "heldout")
-    store = store_lib.tokenise(training, tokenizer)
-    note(f"{len(store.ids):,} training tokens, vocabulary {tokenizer.vocab_size}.")
-    store.save(run.tokens, "training")
+        vocab_size = config.model.vocab_size
+        parts = corpus.make(config.data, run.tokens, vocab_size, run.tokenizer, note)
+    corpus.check_vocabulary(parts, config.model.vocab_size)
+    return parts
 
 
-def _tokenizer(config: TrainConfig, training, note) -> data_lib.Tokenizer:
-    if config.data.tokenizer is not None:
-        return data_lib.Tokenizer.load(config.data.tokenizer)
-    megabytes = sum(len(document.text) for document in training) / 1e6
-    note(f"Training a tokenizer on {len(training)} documents ({megabytes:.1f} MB) ...")
-    return data_lib.train_tokenizer((d.text for d in training), config.model.vocab_size)
+def load_tokens(config: TrainConfig, run: RunDirectory) -> tuple[corpus.Part, ...]:
+    """What `prepare_tokens` made. Raises ValueError if it is missing or damaged."""
+    return corpus.load(config.data, run.tokens)

@@ -22,7 +22,7 @@ class Saver:
         """Why that failed, as far as this process knows."""
         self._untold: int | None = None
 
-    def save(self, step: int, state: TrainState, position: int) -> None:
+    def save(self, step: int, state: TrainState, position: dict) -> None:
         """Begin to store a state; waits for the write before it.
 
         Does nothing for a step that is stored, is being stored, or has just failed to be.

@@ -36,16 +36,38 @@ def initial_state(
     """The state before the first update, with parameters drawn from `config.seed`."""
     if placement is None:
         params = skeleton.named(model_lib.build(config.model, config.seed))
-        return place(TrainState(jnp.int32(0), params, optimizer.init(params)))
+        return state_from(params, config, skeleton, optimizer)
 
     def draw():
         model = model_lib.Model(config.model, jax.random.key(config.seed))
-        params = skeleton.named(model)
+        params = skeleton.with_adapters(skeleton.named(model), config.seed)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     # Every device draws its own part: no device ever holds the whole.
     draw_parts = jax.jit(draw, out_shardings=shardings(skeleton, optimizer, placement))
     return processes.Together(draw_parts)()
+
+
+def state_from(
+    params: Named,
+    config: config_lib.TrainConfig,
+    skeleton: Skeleton,
+    optimizer: Optimizer,
+    placement: Placement | None = None,
+) -> TrainState:
+    """The state before the first update with these parameters, which are given up.
+
+    They are those of the model itself, where `placement` has them.
+    """
+
+    def complete(params: Named) -> TrainState:
+        params = skeleton.with_adapters(params, config.seed)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    if placement is None:
+        return place(complete(params))
+    live = shardings(skeleton, optimizer, placement)
+    return processes.Together(jax.jit(complete, out_shardings=live, donate_argnums=0))(params)
 
 
 def place(state: TrainState) -> TrainState:

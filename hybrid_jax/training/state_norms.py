@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from hybrid_jax.config import layers
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.config.training import TrainConfig
-from hybrid_jax.data import Batch, WindowIndex, evaluation_batches
+from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.model.state import DecodeState
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.evaluate import Heldout
 from hybrid_jax.training.parameters import Named, Skeleton
 from sharding import processes
 
@@ -34,13 +34,12 @@ class StateNorms:
         self._measure = processes.Together(measure) if wanted else None
         self._note = note
 
-    def __call__(self, params: Named, windows: WindowIndex, feed: Feed) -> dict:
+    def __call__(self, params: Named, heldout: Heldout) -> dict:
         """{"state_norms": a number a lightning layer}; {} without them."""
         if self._measure is None:
             return {}
-        batch = next(evaluation_batches(windows, feed.num_rows, 1, feed.rows))
         try:
-            norms = self._measure(params, feed.place(batch))
+            norms = self._measure(params, heldout.feed.place(heldout.first_batch))
         except ValueError as error:
             # The same in all processes: it is about the mesh.
             self._measure = None

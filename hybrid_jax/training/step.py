@@ -10,7 +10,7 @@ from hybrid_jax.config import training as config_lib
 from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.targets.options import compiler_options
-from hybrid_jax.training import balance, guard
+from hybrid_jax.training import balance, breakdown, guard
 from hybrid_jax.training.loss import cross_entropy
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
@@ -35,6 +35,7 @@ def make_train_step(
     optimizer: Optimizer,
     placement: Placement | None = None,
     objective: Objective | None = None,
+    num_sources: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """A compiled update (state, batch of B rows[, limits]) -> (state, metrics).
 
@@ -42,21 +43,30 @@ def make_train_step(
     `guard.Limits`, parameters and optimiser keep every bit; the step counts all the same, and
     `skipped` is 1.
 
-    With `config.accumulate` = n the rows go through the model in n rounds. Every token weighs the
-    same whichever round it falls in, so the cross-entropy's gradient is that of the whole batch;
-    the balance loss, which is no sum over tokens, is the mean of the rounds' by their tokens.
+    With `config.accumulate` = n the rows go through the model in n rounds, more as the batch grows.
+    Every token weighs the same whichever round it falls in, so the cross-entropy's gradient is that
+    of the whole batch; the balance loss, which is no sum over tokens, is the mean of the rounds' by
+    their tokens.
     With a `placement` the state lives where `state.shardings` says, and so do the gradients. An
     `objective` weighs the targets otherwise than by the batch's weights alone; it says how.
+    `num_sources` are told apart where the batch names its sources.
     """
     live = None if placement is None else shardings(skeleton, optimizer, placement)
 
     def train_step(state: TrainState, batch: Batch, limits: guard.Limits = guard.NO_LIMITS):
-        def loss(params, part, share):
-            return _loss(config, skeleton, placement, objective, params, part, share)
+        learns, others = optimizer.split(state.params)
 
-        gradients, metrics = _accumulated(loss, state.params, batch, config.accumulate)
+        def loss(learns, part, share):
+            total, metrics, nll_BT = _loss(
+                config, skeleton, placement, objective, others | learns, part, share
+            )
+            return total, metrics | breakdown.sums(part, nll_BT, num_sources)
+
+        # Of a batch that has grown, more rounds: the memory of one stays what it is.
+        rounds = batch.tokens_BT.shape[0] // config.rows_per_round
+        gradients, metrics = _accumulated(loss, learns, batch, rounds)
         if live is not None:
-            gradients = jax.lax.with_sharding_constraint(gradients, live.params)
+            gradients = jax.lax.with_sharding_constraint(gradients, optimizer.split(live.params)[0])
         params, optimizer_state, norm = optimizer.update(
             state.params, gradients, state.optimizer, state.step
         )
@@ -91,7 +101,7 @@ def make_evaluation_step(
 
     def evaluation_step(params: Named, batch: Batch):
         sums, _ = _cross_entropy(config, skeleton, placement, None, params, batch, z_loss=0.0)
-        return sums.nll, jnp.sum(batch.weights_BT)
+        return jnp.sum(batch.weights_BT * sums.nll_BT), jnp.sum(batch.weights_BT)
 
     return jax.jit(evaluation_step)
 
@@ -109,7 +119,7 @@ def _norm(named: Named) -> jax.Array:
 def _cross_entropy(
     config, skeleton, placement, objective: Objective | None, params: Named, batch, z_loss: float
 ):
-    """Sums of the loss over the targets of (part of) a batch, and the routers' statistics."""
+    """The loss of the targets of (part of) a batch, and the routers' statistics."""
     model = skeleton.model(params)
     hidden = model.hidden(
         batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, placement=placement
@@ -130,14 +140,15 @@ def _cross_entropy(
 
 def _loss(
     config, skeleton, placement, objective, params: Named, batch: Batch, share
-) -> tuple[jax.Array, Metrics]:
-    """What is minimised over (part of) a batch, and sums for the metrics.
+) -> tuple[jax.Array, Metrics, jax.Array]:
+    """What is minimised over (part of) a batch, sums for the metrics, and the nll of each token.
 
     `share` is the number of tokens in the whole batch: what the sums are divided by.
     """
     z_loss = config.loss.z_loss
     sums, routing = _cross_entropy(config, skeleton, placement, objective, params, batch, z_loss)
-    metrics = {"loss": sums.nll / share, "tokens": jnp.sum(batch.weights_BT)}
+    nll = jnp.sum(batch.weights_BT * sums.nll_BT)
+    metrics = {"loss": nll / share, "tokens": jnp.sum(batch.weights_BT)}
     total = sums.total / share
     if routing is not None:
         round_share = jnp.sum(batch.weights_BT) / share
@@ -152,7 +163,7 @@ def _loss(
                 "expert_rows_max": load.rows_max,
                 "expert_rows_mean": load.rows_mean,
             }
-    return total, metrics
+    return total, metrics, sums.nll_BT
 
 
 def _accumulated(loss, params: Named, batch: Batch, rounds: int) -> tuple[Named, Metrics]:
@@ -178,12 +189,13 @@ def _accumulated(loss, params: Named, batch: Batch, rounds: int) -> tuple[Named,
 
 
 def _finish(metrics: Metrics) -> Metrics:
-    """Loads of the experts as the extremes over layers, relative to an even load.
+    """Means by group, and loads of the experts as the extremes over layers, an even load being 1.
 
     With a placement also that of the busiest device, relative to the mean: a layer takes so many
     times longer than an even one. Of several rounds the sums count, for they come one after the
     other.
     """
+    metrics = breakdown.means(metrics)
     hits_LE = metrics.pop("expert_hits", None)
     if hits_LE is None:
         return metrics

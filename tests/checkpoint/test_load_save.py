@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 import hybrid_jax
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import convert, leaves
+from hybrid_jax.checkpoint import convert, digests, leaves, manifest
 from hybrid_jax.config import recipes, text
+from hybrid_jax.config.data import Source
 from hybrid_jax.config.model import ModelConfig
 from tests.checkpoint import published
 from tests.checkpoint.published import FP8_CONFIG, D, F, H, K, m2_config, original_config
@@ -162,20 +164,38 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 
 
 def test_a_training_run_is_loaded_and_exported(tmp_path):
-    recipe = recipes.get("nano", "text")
+    recipe = recipes.of_preset("nano", (Source(path="text"),))
     model = _random(recipe.model, seed=1)
     run = tmp_path / "run"
-    with ocp.training.Checkpointer(run / "checkpoints") as checkpoints:
-        for step, params in ((9, model), (10, _random(recipe.model, seed=2)), (11, model)):
-            trees = {"params": leaves.arrays(params), "optimizer": {"m": jnp.ones(3)}}
-            checkpoints.save_checkpointables(step, trees)
+    # The step before last counts: the last is damaged below.
+    for step, seed in ((9, 2), (10, 1), (11, 3)):
+        params = leaves.arrays(_random(recipe.model, seed))
+        place = run / "checkpoints" / str(step)
+        ocp.save_checkpointables(place, {"params": params, "optimizer": {"m": jnp.ones(3)}})
+        held = digests.hold({f"params/{name}": array for name, array in params.items()})
+        manifest.write(place, digests.describe(held))
     text.write_yaml(recipe, run / "config.yaml")
     (run / "tokenizer.json").write_text("{}")
-    _same(model, hybrid_jax.load(run))
+    _same(_random(recipe.model, seed=3), hybrid_jax.load(run))
+    (run / "checkpoints" / "11" / "_CHECKPOINT_METADATA").write_text("{}")
+    (run / "checkpoints" / "12").mkdir()
+    said = r"12 has no manifest.*Step 10 is taken instead|11 is not what was written.*Step 10"
+    with pytest.warns(UserWarning, match=said):
+        _same(model, hybrid_jax.load(run))
+    for step in ("11", "12"):
+        shutil.rmtree(run / "checkpoints" / step)
     for format in FORMATS:
         convert(run, tmp_path / format, format)
         _same(model, hybrid_jax.load(tmp_path / format))
         assert (tmp_path / format / "tokenizer.json").exists()
+    # Files that agree with their checksums, and arrays that do not: written so.
+    place = run / "checkpoints" / "10"
+    written = manifest.read(place)
+    (place / manifest.NAME).unlink()
+    changed = manifest.read(run / "checkpoints" / "9").arrays["params/embedding.table"]
+    manifest.write(place, written.arrays | {"params/embedding.table": changed})
+    with pytest.raises(ValueError, match=r"/10: .*embedding\.table has other contents"):
+        hybrid_jax.load(run)
 
 
 def test_sidecars_travel_with_a_saved_model(tmp_path):

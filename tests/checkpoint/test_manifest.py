@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_jax.checkpoint import manifest
+from hybrid_jax.checkpoint import digests, manifest
 
 CONTENTS = {
     "params/0.bin": np.random.default_rng(0).bytes(3000),
@@ -46,7 +46,7 @@ def store(directory):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents)
-    return manifest.write(directory, manifest.describe(arrays()))
+    return manifest.write(directory, digests.describe(digests.hold(arrays())))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_what_was_written_is_verified(stored):
     found = manifest.verify(stored)
     assert found == manifest.read(stored) and set(found.files) == set(CONTENTS)
     assert [len(found.arrays[name].shards) for name in ("w", "v", "step")] == [4, 4, 1]
-    manifest.check_arrays(found, arrays())
+    digests.check(found.arrays, arrays())
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -142,15 +142,16 @@ def test_a_forged_manifest_of_another_form_is_refused(stored, tmp_path):
 )
 def test_arrays_are_bound_to_name_shape_dtype_and_contents(stored, change, message):
     with pytest.raises(manifest.Damaged, match=message):
-        manifest.check_arrays(manifest.read(stored), arrays(change))
+        digests.check(manifest.read(stored).arrays, arrays(change))
 
 
 def test_arrays_may_return_to_other_devices(stored):
     moved = {name: jax.device_put(x, jax.devices()[5]) for name, x in arrays().items()}
-    manifest.check_arrays(manifest.read(stored), moved)
+    digests.check(manifest.read(stored).arrays, moved)
     with pytest.raises(manifest.Damaged, match=r"v has other contents in the part .*'4:6'"):
-        manifest.check_arrays(manifest.read(stored), moved | {"v": spoilt(moved["v"])})
+        digests.check(manifest.read(stored).arrays, moved | {"v": spoilt(moved["v"])})
     with pytest.raises(manifest.Damaged, match=r"more is not in its manifest; v is missing"):
-        manifest.check_arrays(
-            manifest.read(stored), {"w": moved["w"], "step": moved["step"], "more": moved["v"]}
+        digests.check(
+            manifest.read(stored).arrays,
+            {"w": moved["w"], "step": moved["step"], "more": moved["v"]},
         )

@@ -38,8 +38,8 @@ def test_progress_off_a_terminal_is_lines_with_loss_speed_and_time_left(monkeypa
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     out = io.StringIO()
-    with observe.Progress(100, stream=out) as progress:
-        progress.start(90)
+    with observe.Progress(out) as progress:
+        progress.start(90, 100)
         progress.note("[square brackets] stay")
         for step in range(91, 101):
             progress.update(

@@ -1,9 +1,10 @@
 """What each of two processes with two devices does in `test_processes.py`: it places a batch."""
 
+import operator
+
 import jax
 import numpy as np
 
-from hybrid_jax.data import Batch
 from hybrid_jax.model.parallel import placement
 from hybrid_jax.training.feed import Feed
 from sharding import processes
@@ -17,9 +18,9 @@ def main() -> None:
     whole = small.random_batch(8, 32)
     for mesh, rules in MESHES:
         feed = Feed(placement.make(mesh, rules), 8, 32)
-        placed = feed.place(Batch(*(array[list(feed.rows)] for array in whole)))
+        placed = feed.place(jax.tree.map(operator.itemgetter(list(feed.rows)), whole))
         print("".join(map(str, feed.rows)), flush=True)
-        for array, wanted in zip(placed, whole, strict=True):
+        for array, wanted in zip(jax.tree.leaves(placed), jax.tree.leaves(whole), strict=True):
             assert array.shape == wanted.shape
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(shard.data, wanted[shard.index])

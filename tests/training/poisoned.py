@@ -14,28 +14,25 @@ import numpy as np
 
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import manifest
-from hybrid_jax.training import loop
+from hybrid_jax.data import Batches
 
 
 def main() -> int:
     positions, failing = (json.loads(word) for word in sys.argv[1:3])
-    honest, write = loop.Trainer._next_batch, manifest.write
+    honest, write = Batches.__next__, manifest.write
 
     def poisoned(self):
-        taken = honest(self)
-        if taken.position - 1 not in positions or jax.process_index() != 1:
-            return taken
-        weights = taken.own.weights_BT.copy()
-        weights[0, 0] = np.nan
-        own = taken.own._replace(weights_BT=weights)
-        return taken._replace(own=own, batch=self._feed.place(own))
+        number, batch = self.position["batches"], honest(self)
+        if number in positions and jax.process_index() == 1:
+            batch.weights_BT[0, 0] = np.nan
+        return batch
 
-    def failed(path, arrays):
+    def failed(path, *arguments):
         if int(path.name) in failing:
             raise OSError("no space left")
-        write(path, arrays)
+        return write(path, *arguments)
 
-    loop.Trainer._next_batch = poisoned
+    Batches.__next__ = poisoned
     manifest.write = failed
     return cli.main(sys.argv[3:])
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hybrid_jax import training
-from hybrid_jax.config import layers, model
+from hybrid_jax.config import data, layers, model
 from hybrid_jax.config import training as t
 from hybrid_jax.config.observation import Observation
 from hybrid_jax.config.presets import own
@@ -36,11 +36,19 @@ def small_model(num_kv_heads: int = 1, **changes) -> model.ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
+def dense_model(**changes) -> model.ModelConfig:
+    """One layer of softmax attention and a dense feed-forward: what compiles fastest."""
+    config = small_model(num_kv_heads=2)
+    layer = dataclasses.replace(config.layers[1], ffn=layers.DenseFfn(hidden_dim=32))
+    pattern = (model.Run(layer=layer, count=1),)
+    return dataclasses.replace(config, pattern=pattern, repeats=1, **changes)
+
+
 def small_run(path="unused", **changes) -> t.TrainConfig:
     """Eight steps of four windows of 32 tokens."""
     config = t.TrainConfig(
         model=small_model(),
-        data=t.Text(path=str(path), sequence_length=32, heldout_fraction=0.3),
+        data=data.text(str(path), sequence_length=32, heldout_fraction=0.3),
         steps=8,
         batch_size=4,
         schedule=t.Schedule(peak=3e-3, warmup_steps=2),

@@ -6,6 +6,7 @@ from hybrid_jax import cli, training
 from hybrid_jax.cli import train
 from hybrid_jax.config import recipes, text
 from hybrid_jax.config import training as t
+from hybrid_jax.config.data import parse_sources
 from hybrid_jax.config.faults import Faults, Spikes
 from hybrid_jax.config.parallel import Parallel
 from tests.training import small
@@ -27,14 +28,15 @@ def failing(capsys, *options) -> str:
 
 def test_every_field_is_an_option():
     config = parsed(
-        *("--preset", "quickstart", "--data", "text", "--data.exclude", "a/*", "b/*"),
+        *("--preset", "quickstart", "--data", "text", "--data.sources.0.exclude", "a/*", "b/*"),
         *("--steps", "7", "--schedule.peak", "0.5", "--model.pattern.0.layer.ffn.num-experts", "4"),
-        *("--optimizer.clip-norm", "None", "--data.pattern", "*.md"),
+        *("--optimizer.clip-norm", "None", "--data.sources.0.pattern", "*.md"),
     )
-    assert config.data.path == "text" and config.data.exclude == ("a/*", "b/*")
+    (source,) = config.data.sources
+    assert source.path == "text" and source.exclude == ("a/*", "b/*") and source.pattern == "*.md"
     assert (config.steps, config.schedule.peak, config.optimizer.clip_norm) == (7, 0.5, None)
     assert config.model.pattern[0].layer.ffn.num_experts == 4
-    recipe = recipes.get("quickstart", "text")
+    recipe = recipes.of_preset("quickstart", parse_sources(["text"]))
     assert config.schedule.warmup_steps == recipe.schedule.warmup_steps
     assert config.model.pattern[1] == recipe.model.pattern[1]
 
@@ -55,12 +57,29 @@ def test_kinds_are_chosen_by_name():
         parsed("--preset", "nano", "--data", "text", "--schedule.deca.kind", "Linear")
 
 
+def test_fine_tuning_is_a_matter_of_options():
+    config = parsed(
+        *("--preset", "nano", "--data", "text", "--start-from", "RUN", "--start.step", "3"),
+        "--start.moments",
+        *("--tuning.kind", "LoRA", "--tuning.rank", "4", "--tuning.targets", "*.q", "*.v"),
+        *("--optimizer.kind", "Muon", "--model.initialization.kind", "DeepNorm"),
+    )
+    assert config.start == t.Start(path="RUN", step=3, moments=True)
+    assert config.tuning == t.LoRA(rank=4, targets=("*.q", "*.v"))
+    assert config.optimizer == t.Muon()
+    assert config.model.initialization.gain(2) == 0.5
+    frozen = ("--tuning.kind", "Frozen", "--tuning.train", "*.ffn.*")
+    config = parsed("--preset", "nano", "--data", "text", *frozen)
+    assert config.tuning == t.Frozen(train=("*.ffn.*",)) and config.start is None
+
+
 def test_a_file_is_the_default_that_options_change(tmp_path):
     config = small.small_run("text")
     text.write_yaml(config, tmp_path / "config.yaml")
     source = ("--config", str(tmp_path / "config.yaml"))
     assert parsed(*source) == config
-    assert parsed(*source, "--data", "other").data.path == "other"
+    mixed = parsed(*source, "--data", "other", "more=0.5").data.sources
+    assert [(each.path, each.weight) for each in mixed] == [("other", 1.0), ("more", 0.5)]
     with pytest.raises(ValueError, match="--preset or --config, not both"):
         parsed(*source, "--preset", "nano")
 

@@ -38,7 +38,7 @@ def test_an_update_says_what_was_dropped_and_how_uneven_devices_were():
         return model.hidden(batch.tokens_BT, batch.segment_ids_BT, placement=place).routing
 
     # The two rounds of an update, one row after the other in turn.
-    parts = [Batch(*(x[first::2] for x in batch)) for first in range(2)]
+    parts = [jax.tree.map(lambda x: x[first::2], batch) for first in range(2)]  # noqa: B023
     rounds = [jax.device_get(routing(state.params, part)) for part in parts]
     spec = config.model.layers[0].ffn
     choices = spec.router.experts_per_token * 4 * 16

@@ -38,18 +38,21 @@ def test_chunks_change_neither_loss_nor_gradients(inputs, chunk_tokens, z_loss):
 
     def ours(x, kernel):
         sums = cross_entropy(x, kernel, targets, weights, z_loss=z_loss, chunk_tokens=chunk_tokens)
-        return 0.7 * sums.total, sums.nll
+        return 0.7 * sums.total, sums.nll_BT
 
-    (value, nll), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, kernel)
+    (value, nll_BT), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, kernel)
     definition = lambda x, kernel: 0.7 * whole(x, kernel, targets, weights, z_loss)
     wanted, wanted_gradients = jax.value_and_grad(definition, (0, 1))(x, kernel)
     # float32 sums of a few hundred terms in another order.
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
-    np.testing.assert_allclose(nll, whole(x, kernel, targets, weights, 0.0), rtol=1e-5)
+    probability_BTW = np.array(jax.nn.log_softmax(jnp.einsum("btd,dw->btw", x, kernel)))
+    each_BT = -np.take_along_axis(probability_BTW, np.array(targets)[..., None], axis=2)[..., 0]
+    # Every token has its own, those of weight 0 too.
+    np.testing.assert_allclose(nll_BT, each_BT, rtol=1e-5)
     for ours_, theirs in zip(gradients, wanted_gradients):
         np.testing.assert_allclose(ours_, theirs, rtol=1e-4, atol=1e-5)
     plain = cross_entropy(x, kernel, targets, weights, z_loss=z_loss, chunk_tokens=chunk_tokens)
-    np.testing.assert_allclose(plain.nll, nll, rtol=1e-6)
+    np.testing.assert_allclose(plain.nll_BT, nll_BT, rtol=1e-6)
 
 
 def test_all_logits_never_exist_at_one_time():

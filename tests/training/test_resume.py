@@ -1,6 +1,7 @@
 """A run that was interrupted, however rudely, ends with the same bits as one that was not."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -16,13 +17,16 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax import observe, training
+from hybrid_jax import data, observe, training
 from hybrid_jax.config import text
+from hybrid_jax.config import training as t
+from hybrid_jax.config.data import Source
 from hybrid_jax.config.faults import Faults
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import abstract_state
+from tests.sharding import together
 from tests.training import small
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -56,11 +60,21 @@ def everything(config, path):
     return jax.tree.map(np.asarray, restored.state), restored.position, records
 
 
+def bits(state) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(leaf.tobytes()).hexdigest()
+        for path, leaf in leaves
+    }
+
+
 def assert_same_run(config, path, whole):
     state, position, records = everything(config, path)
     wanted_state, wanted_position, wanted_records = everything(config, whole)
-    jax.tree.map(np.testing.assert_array_equal, state, wanted_state)
-    assert position == wanted_position == 8
+    # Bits, which tell 0 from -0.
+    assert bits(state) == bits(wanted_state)
+    assert position == wanted_position and position["batches"] == config.steps
+    assert [record["step"] for record in records] == list(range(1, config.steps + 1))
     assert records == wanted_records
 
 
@@ -126,6 +140,45 @@ def test_kill_dash_nine_and_a_torn_metrics_file_lose_nothing(
     assert not (path / "checkpoints" / "7.orbax-checkpoint-tmp").exists()
 
 
+def killed_and_resumed(config, path, kills: int, environment) -> list:
+    """How each of `kills` + 1 starts of a run was to be killed, and its exit code."""
+    options = path.with_suffix(".yaml")
+    text.write_yaml(config, options)
+    command = [sys.executable, "-m", "tests.training.dying", "runs", options, path, "1", str(kills)]
+    ended = subprocess.run(
+        command,
+        env=os.environ | environment | {"XLA_FLAGS": "", "PYTHONPATH": str(together.ROOT)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(ended.stdout)
+
+
+def test_killed_five_times_in_its_saves_a_run_ends_with_the_same_bits(
+    config, whole, tmp_path, compiled_once
+):
+    path = tmp_path / "run"
+    often = dataclasses.replace(config, checkpoints=t.Checkpoints(every=1, keep=2))
+    ends = killed_and_resumed(often, path, 5, compiled_once)
+    assert [code for _, code in ends] == [-9] * 5 + [0], ends
+    assert_same_run(config, path, whole)
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["7", "8"]
+
+
+@pytest.mark.nightly
+def test_killed_fifty_times_a_run_ends_with_the_same_bits(config, tmp_path, compiled_once):
+    often = dataclasses.replace(
+        config,
+        steps=120,
+        checkpoints=t.Checkpoints(every=1, keep=2),
+        evaluation=t.Evaluation(every=120),
+    )
+    small.train(often, tmp_path / "whole", stream=io.StringIO())
+    ends = killed_and_resumed(often, tmp_path / "run", 50, compiled_once)
+    assert [code for _, code in ends] == [-9] * 50 + [0], ends
+    assert_same_run(often, tmp_path / "run", tmp_path / "whole")
+
+
 def test_more_steps_are_allowed_and_anything_else_is_named(config, whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
@@ -179,7 +232,7 @@ def test_a_full_disk_is_one_sentence_and_spares_older_checkpoints(config, whole,
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             absl.setLevel(logging.NOTSET)
-    assert everything(config, path)[1] == 8
+    assert everything(config, path)[1]["batches"] == 8
 
 
 def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
@@ -191,14 +244,17 @@ def test_a_missing_text_leaves_no_directory_behind(config, tmp_path):
 def test_other_data_than_the_checkpoint_was_made_with_is_refused(config, whole, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(whole, path)
-    facts = json.loads((path / "tokens" / "training.json").read_text())
-    ids = np.load(path / "tokens" / "training.ids.npy")
+    tokens = path / "tokens" / "00"
+    ids = np.load(tokens / "shards" / "00000.ids.npy")
     ids[5] += 1
-    np.save(path / "tokens" / "training.ids.npy", ids)
-    assert facts["tokens"] == len(ids)
-    with pytest.raises(ValueError, match="belongs to other data"):
+    np.save(tokens / "shards" / "00000.ids.npy", ids)
+    with pytest.raises(ValueError, match=r"00000 is damaged \(checksum\). Delete .*tokenise again"):
         small.train(config, path, resume=True, stream=io.StringIO())
-    ids[5] = 60000
-    np.save(path / "tokens" / "training.ids.npy", ids)
-    with pytest.raises(ValueError, match=r"training text: document 0 holds token id 60000"):
+    # Whole and sound, but of another text.
+    shutil.rmtree(tokens)
+    (tmp_path / "other").mkdir()
+    small.write_text(tmp_path / "other", documents=11)
+    tokenizer = data.Tokenizer.load(path / "tokenizer.json")
+    data.prepare(Source(path=str(tmp_path / "other")), tokens, tokenizer)
+    with pytest.raises(ValueError, match="belongs to other data"):
         small.train(config, path, resume=True, stream=io.StringIO())

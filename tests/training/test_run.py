@@ -21,7 +21,11 @@ def _start(config, path):
     [
         ({"vocab_size": 100}, {}, "vocab_size=100 is too small"),
         ({}, {"tokenizer": "absent.json"}, "no tokenizer at absent.json"),
-        ({}, {"heldout_fraction": 0.999999}, "All 12 documents fell into the held-out part"),
+        (
+            {},
+            {"heldout_fraction": 0.999999},
+            "All 12 documents of text fell into the held-out part",
+        ),
         ({"vocab_size": 257}, {"tokenizer": "big.json"}, "vocab_size=257 ends at 256"),
     ],
 )

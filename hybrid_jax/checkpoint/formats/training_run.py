@@ -1,22 +1,28 @@
-"""The parameters of a training run: the newest step under RUN/checkpoints, by our own paths."""
+"""The parameters of a training run: a good step under RUN/checkpoints, by our own paths."""
 
 import pathlib
+import warnings
 
 import numpy as np
 
+from hybrid_jax.checkpoint import digests, manifest
 from hybrid_jax.checkpoint.formats import protocol
 
 CHECKPOINTS, ITEM = "checkpoints", "params"
 
 
 class TrainingRun:
-    """Parameters of the newest whole checkpoint of a run; the optimiser's state is left alone."""
+    """Parameters of one checkpoint of a run; the optimiser's state is left alone.
 
-    def __init__(self, directory):
-        steps = _steps(pathlib.Path(directory))
-        if not steps:
-            raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
-        self.step = steps[-1]
+    All files are verified first, every parameter as it is read.
+    """
+
+    def __init__(self, directory, step: int | None = None):
+        """Of `step`, or of the newest that is as it was written: others are named in a warning.
+
+        Raises ValueError if there is none, or `step` is damaged, unfinished or not there.
+        """
+        self.step, self._manifest = _good_step(pathlib.Path(directory), step)
         self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
         try:
@@ -33,10 +39,16 @@ class TrainingRun:
         context.pytree.loading.partial_load = True
         try:
             with context:
-                return np.asarray(self._orbax.load_checkpointables(self.path, target)[ITEM][name])
+                array = np.asarray(self._orbax.load_checkpointables(self.path, target)[ITEM][name])
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.
             raise ValueError(f"{self.path}: {name!r} cannot be read: {error!r:.500}") from error
+        bound = f"{ITEM}/{name}"
+        try:
+            digests.check_whole(bound, self._manifest.arrays[bound], array)
+        except (KeyError, manifest.Damaged) as error:
+            raise manifest.Damaged(f"{self.path}: {error}") from error
+        return array
 
     def read_many(self, names):
         """The named parameters one after the other."""
@@ -57,10 +69,25 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
-    # An unfinished step has a longer name until one rename gives it this one.
+def _good_step(directory: pathlib.Path, step: int | None) -> tuple[int, manifest.Manifest]:
+    """Its files are held against their checksums."""
     found = (directory / CHECKPOINTS).iterdir()
-    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    steps = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    if not steps:
+        raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
+    if step not in (None, *steps):
+        raise ValueError(f"{directory} has no checkpoint of step {step}; it has {steps}.")
+    problems = []
+    for each in reversed(steps) if step is None else (step,):
+        try:
+            whole = manifest.verify(directory / CHECKPOINTS / str(each), name=str(each))
+        except (manifest.Damaged, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem} Step {each} is taken instead.", stacklevel=2)
+        return each, whole
+    raise ValueError(f"{directory} has no good checkpoint: {' '.join(problems)}")
 
 
 def _info(name, entry, path) -> protocol.TensorInfo:

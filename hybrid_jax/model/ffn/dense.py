@@ -22,8 +22,10 @@ class DenseSwiGlu(nnx.Module):
 
     def __init__(self, init: Initialiser, spec: layers.DenseFfn, dim: int):
         F = spec.hidden_dim
-        self.gate_up = init.matrix((dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN))
-        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL))
+        self.gate_up = init.matrix(
+            (dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN), deep=True
+        )
+        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL), deep=True)
 
     def __call__(self, x_BTD, context: Context):
         return swiglu(x_BTD, self.gate_up[...], self.down[...]), None

@@ -41,8 +41,10 @@ class SharedSwiGlu(nnx.Module):
 
     def __init__(self, init: Initialiser, spec: layers.SharedExpert, dim: int):
         F = spec.hidden_dim
-        self.gate_up = init.matrix((dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN))
-        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL))
+        self.gate_up = init.matrix(
+            (dim, 2, F), (Logical.MODEL, Logical.PARTS, Logical.FFN), deep=True
+        )
+        self.down = init.matrix((F, dim), (Logical.FFN, Logical.MODEL), deep=True)
         self.coefficient = init.matrix((dim,), (Logical.MODEL,))
 
     def __call__(self, x_BTD, routed_BTD):
@@ -65,10 +67,10 @@ class MixtureOfExperts(nnx.Module):
         self.router = init.matrix((dim, E), (Logical.MODEL, Logical.EXPERTS), jnp.float32)
         if isinstance(spec.router, layers.SigmoidTopK):
             self.correction_bias = init.zeros((E,), (Logical.EXPERTS,), jnp.float32)
-        self.gate_up = init.matrix(
-            (E, dim, 2, F), (Logical.EXPERTS, Logical.MODEL, Logical.PARTS, Logical.FFN)
-        )
-        self.down = init.matrix((E, F, dim), (Logical.EXPERTS, Logical.FFN, Logical.MODEL))
+        axes = (Logical.MODEL, Logical.PARTS, Logical.FFN)
+        self.gate_up = init.matrix((E, dim, 2, F), (Logical.EXPERTS, *axes), deep=True)
+        axes_down = (Logical.EXPERTS, Logical.FFN, Logical.MODEL)
+        self.down = init.matrix((E, F, dim), axes_down, deep=True)
         if spec.shared is not None:
             self.shared = SharedSwiGlu(init, spec.shared, dim)
 

@@ -41,10 +41,11 @@ class LightningMixer(nnx.Module):
         H, K = spec.num_heads, spec.head_dim
         self.spec = spec
         axes = (Logical.MODEL, Logical.HEADS, Logical.PARTS, Logical.HEAD_DIM)
-        self.qkv = init.matrix((dim, H, 3, K), axes)
+        self.qkv = init.matrix((dim, H, 3, K), axes, deep=(False, False, True))
         self.gate = init.matrix((dim, H, K), (Logical.MODEL, Logical.HEADS, Logical.HEAD_DIM))
         self.norm = init.ones((H, K), (Logical.HEADS, Logical.HEAD_DIM))
-        self.out = init.matrix((H, K, dim), (Logical.HEADS, Logical.HEAD_DIM, Logical.MODEL))
+        axes_out = (Logical.HEADS, Logical.HEAD_DIM, Logical.MODEL)
+        self.out = init.matrix((H, K, dim), axes_out, deep=True)
 
     def __call__(self, x_BTD, context: Context, log_decay_H, state_BHKV):
         dtype = x_BTD.dtype

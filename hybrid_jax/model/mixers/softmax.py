@@ -93,8 +93,8 @@ class SoftmaxMixer(nnx.Module):
         self.norm_eps = norm_eps
         self.q = init.matrix((dim, H, K), (Logical.MODEL, *heads))
         self.k = init.matrix((dim, G, K), (Logical.MODEL, *kv_heads))
-        self.v = init.matrix((dim, G, K), (Logical.MODEL, *kv_heads))
-        self.out = init.matrix((H, K, dim), (*heads, Logical.MODEL))
+        self.v = init.matrix((dim, G, K), (Logical.MODEL, *kv_heads), deep=True)
+        self.out = init.matrix((H, K, dim), (*heads, Logical.MODEL), deep=True)
         if spec.qk_norm:
             self.q_norm = init.ones((H, K), heads)
             self.k_norm = init.ones((G, K), kv_heads)

@@ -8,6 +8,8 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hybrid_jax.model import lowrank
+from hybrid_jax.model.lowrank import LowRank
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity
 from hybrid_jax.model.params import logical_axes
 from sharding import Logical, MeshShape, Rules, mesh, rules
@@ -145,19 +147,27 @@ class Placement:
             if Logical.EXPERTS in axes and Logical.FFN in axes:
                 return param
             name = jax.tree_util.keystr(path)
-            used = self.rules.used_parameter(axes, value.shape, self.shape, name)
-            at_rest = self.parameter(name, axes, value.shape)
-            # One dim after the other: two at a time XLA gathers as a sum of mostly zeros.
-            half = [
-                rest if dim is Logical.MODEL else work
-                for dim, rest, work in zip(axes, _each(at_rest.spec, axes), _each(used, axes))
-            ]
-            stops = (PartitionSpec(*half), used)
-            shardings = tuple(NamedSharding(self.mesh, stop) for stop in stops)
-            return param.replace(_moved(shardings, at_rest, value))
+            if not isinstance(value, LowRank):
+                return param.replace(self._gathered(name, axes, value))
+            parts = zip((axes, *lowrank.axes_of(axes)), (value.weight, value.a, value.b))
+            gathered = (self._gathered(name, *part) for part in parts)
+            return param.replace(LowRank(*gathered, value.scale))
 
         is_param = lambda x: isinstance(x, nnx.Variable)
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+
+    def _gathered(self, name: str, axes, value):
+        """One array as a layer uses it."""
+        used = self.rules.used_parameter(axes, value.shape, self.shape, name)
+        at_rest = self.parameter(name, axes, value.shape)
+        # One dim after the other: two at a time XLA gathers as a sum of mostly zeros.
+        half = [
+            rest if dim is Logical.MODEL else work
+            for dim, rest, work in zip(axes, _each(at_rest.spec, axes), _each(used, axes))
+        ]
+        stops = (PartitionSpec(*half), used)
+        shardings = tuple(NamedSharding(self.mesh, stop) for stop in stops)
+        return _moved(shardings, at_rest, value)
 
 
 @functools.lru_cache

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import re
+from typing import Any
 
 from hybrid_jax.observe.curve import running_mean
 from hybrid_jax.observe.report.recorded import Curve
@@ -60,7 +61,7 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
