@@ -2,11 +2,12 @@
 
 import pytest
 
-from hybrid_jax import cli
+from hybrid_jax import cli, training
 from hybrid_jax.cli import train
 from hybrid_jax.config import recipes, text
 from hybrid_jax.config import training as t
 from hybrid_jax.config.data import parse_sources
+from hybrid_jax.config.faults import Faults, Spikes
 from hybrid_jax.config.parallel import Parallel
 from tests.training import small
 
@@ -47,6 +48,9 @@ def test_kinds_are_chosen_by_name():
     )
     assert config.schedule.decay == t.ExponentialTail(tail_fraction=0.3)
     assert config.loss.balance is None
+    spikes = ("--faults.spikes.kind", "Spikes", "--faults.spikes.sigmas", "4")
+    config = parsed("--preset", "nano", "--data", "text", *spikes)
+    assert config.faults == Faults(spikes=Spikes(sigmas=4.0))
     with pytest.raises(ValueError, match=r"got 'linear'. Did you mean 'Linear'\?"):
         parsed("--preset", "nano", "--data", "text", "--schedule.decay.kind", "linear")
     with pytest.raises(ValueError, match=r"no field 'schedule.deca' to choose a kind for"):
@@ -113,6 +117,18 @@ def test_bad_input_exits_with_2_and_a_way_out(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("stopped_by", "code"), [(None, 0), ("SIGINT", 0), ("SIGTERM", 75)])
+def test_launchers_learn_from_the_exit_code_whether_to_start_again(
+    stopped_by, code, capsys, monkeypatch, tmp_path
+):
+    outcome = training.Outcome(3, stopped_by, None, None)
+    monkeypatch.setattr(training, "train", lambda *_, **__: outcome)
+    some = ("--out", str(tmp_path / "run"), "--preset", "nano", "--data", str(tmp_path))
+    assert cli.main(["train", *some]) == code
+    said = capsys.readouterr().out
+    assert ("nothing is lost" in said and "--resume" in said) == (stopped_by is not None)
+
+
 def test_help_names_fields_and_exit_codes(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
@@ -122,6 +138,9 @@ def test_help_names_fields_and_exit_codes(capsys):
         "--optimizer.weight-decay",
         "--loss.balance.coefficient",
         "Exit code 0",
+        "75: ended by SIGTERM",
+        "--faults.hang-seconds",
+        "--observation.profile-at",
         "--mesh",
         "JAX_PROCESS_ID",
     ):
