@@ -40,6 +40,9 @@ class Prepare:
     """The field of a record that holds its text."""
     template: str | None = None
     """How conversations become text: minimax-text-01, minimax-m1 or minimax-m2."""
+    control: str | None = None
+    """A template whose control tokens a tokenizer that is trained here gets as well, for
+    conversations that a later run learns from."""
     heldout_fraction: float = 0.05
     """Share of the documents kept for evaluation."""
     deduplicate: bool = False
@@ -67,7 +70,7 @@ class Prepare:
             tokenizer = data.Tokenizer.load(self.out / "tokenizer.json")
         else:
             tokenizer = corpus.make_tokenizer(
-                (source,), self.vocab_size, self.heldout_fraction, print
+                (source,), self.vocab_size, self.heldout_fraction, print, self.control
             )
         with progress.Progress(
             progress.TextColumn("tokenising"),

@@ -24,7 +24,7 @@ class Args:
     (associative recall by number of pairs), and lm_eval:NAME (a task of EleutherAI's harness, with
     the extra `eval`)."""
 
-    target: typing.Annotated[str, tyro.conf.Positional]
+    target: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """Directory of a checkpoint (Hugging Face or Orbax) or of a training run."""
     task: tuple[str, ...]
     """What to measure, one or more of the tasks above."""
@@ -67,12 +67,11 @@ def run(args: Args) -> int:
     from hybrid_jax.evaluation import ModelPredictor
     from hybrid_jax.observe.rows import Rows
 
-    # All that can be wrong with the input is, before the model is read.
+    # All that can be wrong with the input is, before the model is read or a directory made.
+    _check(args)
     directory = opened.directory(args.target)
     tasks = eval_tasks.prepare(args, directory)
-    _check_out(args.out)
-    if not 0 <= args.seed < 1 << 32:
-        raise ValueError(f"--seed must be in [0, 2**32); got {args.seed}.")
+    args.out.mkdir(parents=True, exist_ok=True)
     model, placement = opened.model(
         directory, args.dtype, args.mesh, args.rules, rows=args.batch_size
     )
@@ -121,10 +120,13 @@ def _note_length(task, config) -> None:
         )
 
 
-def _check_out(out: pathlib.Path) -> None:
-    """Make the directory of the results. Raises OSError or ValueError if it cannot be one."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; choose a directory.")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written; choose another directory.")
+def _check(args: Args) -> None:
+    """ValueError for numbers out of range and an --out that cannot be a directory."""
+    for name in ("batch_size", "limit", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+    if not 0 <= args.seed < 1 << 32:
+        raise ValueError(f"--seed must be in [0, 2**32); got {args.seed}.")
+    if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):
+        raise ValueError(f"--out {args.out} is no directory to write to; choose another one.")

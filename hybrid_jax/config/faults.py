@@ -2,12 +2,7 @@
 
 import dataclasses
 
-
-def _at_least(config, minimum, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not value >= minimum:
-            raise ValueError(f"{type(config).__name__}.{name} must be >= {minimum}; got {value!r}.")
+from hybrid_jax.config.checks import check_at_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +24,11 @@ class Spikes:
     """How often in a run; later spikes are skipped only."""
 
     def __post_init__(self):
-        _at_least(self, 4, "window")
-        if not self.sigmas > 0:
-            raise ValueError(f"Spikes.sigmas must be > 0; got {self.sigmas!r}.")
+        check_at_least(self, 4, "window")
+        check_at_least(self, 0, "sigmas", strict=True)
         if self.rewind_after is not None:
-            _at_least(self, 1, "rewind_after")
-        _at_least(self, 0, "max_rewinds")
+            check_at_least(self, 1, "rewind_after")
+        check_at_least(self, 0, "max_rewinds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +49,10 @@ class Faults:
     """The same for what takes longer once: compiling, and waiting for the last checkpoint."""
 
     def __post_init__(self):
-        _at_least(self, 1, "max_skips_in_a_row")
-        for name in ("hang_seconds", "slow_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Faults.{name} must be > 0; got {value!r}.")
+        check_at_least(self, 1, "max_skips_in_a_row")
+        check_at_least(self, 0, "slow_seconds", strict=True)
+        if self.hang_seconds is not None:
+            check_at_least(self, 0, "hang_seconds", strict=True)
         after = None if self.spikes is None else self.spikes.rewind_after
         if after is not None and after > self.max_skips_in_a_row:
             raise ValueError(

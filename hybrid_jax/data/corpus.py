@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybrid_jax.config.data import Data, Source
+from hybrid_jax.config.text import near_names
 from hybrid_jax.data import chat, encoding, sources
 from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
 from hybrid_jax.data.preparation import prepare, tokenizer_hash
@@ -133,10 +134,22 @@ def _tokenizer(config: Data, prepared: dict[str, Dataset], vocab_size: int, file
 
 
 def make_tokenizer(
-    wanted: tuple[Source, ...], vocab_size: int, heldout_fraction: float, note: Note
+    wanted: tuple[Source, ...],
+    vocab_size: int,
+    heldout_fraction: float,
+    note: Note,
+    template: str | None = None,
 ) -> Tokenizer:
-    """One trained on what is learned from, with the control tokens that the templates need."""
-    templates = [source.template for source in wanted if source.template is not None]
+    """One trained on what is learned from, with the control tokens that its templates need.
+
+    And those of `template`, for what is learned later. Raises ValueError if there is none such.
+    """
+    if template not in (None, *chat.CONTROL):
+        raise ValueError(
+            f"There is no template {template!r}.{near_names(str(template), chat.CONTROL)} "
+            f"Templates: {', '.join(chat.CONTROL)}."
+        )
+    templates = [each for each in (template, *(s.template for s in wanted)) if each is not None]
     control = dict.fromkeys(token for name in templates for token in chat.CONTROL[name])
     note(f"Training a tokenizer with {vocab_size} entries ...")
     texts = (text for source in wanted for text in _texts(source, heldout_fraction, len(wanted)))

@@ -48,6 +48,11 @@ def open_dataset(path) -> Dataset:
     """Open a prepared source. Raises ValueError if it is unfinished or damaged."""
     path = pathlib.Path(path).expanduser()
     again = "Prepare it again: the same command goes on where it stopped; or delete the directory."
+    if not is_dataset(path):
+        raise ValueError(
+            f"{path} holds no prepared data; `hybrid-jax data prepare SOURCE --out {path}` makes "
+            "some."
+        )
     if not (path / "dataset.json").is_file():
         raise ValueError(f"{path} is not finished. {again}")
     try:

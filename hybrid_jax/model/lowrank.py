@@ -114,6 +114,16 @@ class LowRank:
         return merged(self.weight, self.a, self.b, self.scale)
 
 
+def merge(params):
+    """A tree of `nnx.Variable`, stacked or not, with plain arrays alone."""
+
+    def one(param: nnx.Variable):
+        value = param[...]
+        return param.replace(value.merged()) if isinstance(value, LowRank) else param
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
 def merge_experts(params):
     """A layer's tree of `nnx.Variable` with plain arrays for experts: they multiply by groups.
 

@@ -60,7 +60,8 @@ class Stack(nnx.Module):
         """(x after the last layer, the new entries of the decode state, routing or None)."""
         lead = [(self.config.repeats, run.count) for run in self.config.pattern]
         indices = tuple(jnp.arange(n * c, dtype=jnp.int32).reshape(n, c) for n, c in lead)
-        whole = tuple(_flatten_lead(nnx.split(run)[1]) for run in self.runs)
+        # Decoding reads weights far more often than once: corrections are added before.
+        whole = tuple(_flatten_lead(lowrank.merge(nnx.split(run)[1])) for run in self.runs)
         memory = tuple(_flatten_lead(entry) for entry in entries)
 
         def pattern(carry, inputs):
@@ -90,7 +91,7 @@ class Stack(nnx.Module):
                 graphdef, params = nnx.split(run)
                 for c in range(jax.tree.leaves(params)[0].shape[1]):
                     at = jax.tree.map(lambda leaf: leaf[n, c], (params, run_data))  # noqa: B023
-                    layer = nnx.merge(graphdef, at[0])
+                    layer = nnx.merge(graphdef, lowrank.merge_experts(at[0]))
                     x_BTD, _, _ = layer(x_BTD, context, at[1], None)
                     out.append(x_BTD)
         return out

@@ -105,13 +105,17 @@ class CheckpointStore:
         with self._explained():
             faults.reach("begin")
             held = digests.hold(_named(state))
-            response = ocp.save_checkpointables_async(
-                self._path(step),
-                {"params": state.params, "optimizer": state.optimizer},
-                # An unfinished or damaged one of the same step.
-                overwrite=True,
-                custom_metadata={"position": position, "fingerprint": fingerprint},
-            )
+            context = ocp.Context()
+            # Or on GPUs Orbax would copy again, to memory of another kind.
+            context.array_options.saving.enable_pinned_host_transfer = False
+            with context:
+                response = ocp.save_checkpointables_async(
+                    self._path(step),
+                    {"params": state.params, "optimizer": state.optimizer},
+                    # An unfinished or damaged one of the same step.
+                    overwrite=True,
+                    custom_metadata={"position": position, "fingerprint": fingerprint},
+                )
         self._writing = self._finisher.submit(self._finish, step, response, held, self._begun)
 
     def wait(self) -> None:

@@ -64,7 +64,7 @@ class Skeleton:
     def model(self, named: Named) -> model_lib.Model:
         """The model with these arrays, to train and to measure; traceable.
 
-        With LoRA the thin matrices stay beside their weights; such a model does not decode.
+        With LoRA the thin matrices stay beside their weights; decoding adds them up at each call.
         """
         return self._rebuilt([self._value(name, named) for name in self.names])
 

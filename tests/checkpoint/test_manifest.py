@@ -84,6 +84,10 @@ def _truncate(directory):
     (directory / "params/0.bin").write_bytes(CONTENTS["params/0.bin"][:-1])
 
 
+def _rewrite(path, change):
+    path.write_text(change(path.read_text()))
+
+
 def _swap(directory):
     (directory / "params/0.bin").write_bytes(CONTENTS["params/1.bin"])
     (directory / "params/1.bin").write_bytes(CONTENTS["params/0.bin"])
@@ -96,6 +100,7 @@ def _swap(directory):
         (_swap, r"params/0\.bin has other contents .*; params/1\.bin has other contents"),
         (lambda d: (d / "optimizer/d/0.bin").unlink(), r"optimizer/d/0\.bin is missing"),
         (lambda d: (d / "more").write_text("x"), "more was not written by it"),
+        (lambda d: _rewrite(d / manifest.NAME, lambda text: text[:-1]), "in another form"),
         (lambda d: (d / manifest.NAME).write_text("{}"), r"manifest\.json is damaged"),
         (lambda d: (d / manifest.NAME).write_text("[" * 100_000), r"manifest\.json is damaged"),
     ],
@@ -143,6 +148,19 @@ def test_a_forged_manifest_of_another_form_is_refused(stored, tmp_path):
 def test_arrays_are_bound_to_name_shape_dtype_and_contents(stored, change, message):
     with pytest.raises(manifest.Damaged, match=message):
         digests.check(manifest.read(stored).arrays, arrays(change))
+
+
+def test_what_is_held_is_what_was_there_whatever_becomes_of_the_array():
+    def given():
+        return arrays() | {"one": jax.device_put(jnp.arange(4096.0), jax.devices()[0])}
+
+    update = jax.jit(lambda x: -x, donate_argnums=0)
+    wanted, taken = digests.describe(digests.hold(given())), given()
+    held = digests.hold(taken)
+    for array in taken.values():
+        update(array).block_until_ready()
+        array.delete()
+    assert digests.describe(held) == wanted
 
 
 def test_arrays_may_return_to_other_devices(stored):

@@ -96,9 +96,11 @@ def test_bad_input_is_one_sentence_before_the_model_is_read(tmp_path, capsys):
     )
     assert "tokenizer.json, which needle needs" in complaint(capsys, path, *out, "--task", "needle")
     assert "is not a directory" in complaint(capsys, tmp_path / "x", *out, "--task", "mqar")
+    words = complaint(capsys, path, "--out", tmp_path / "out", "--task", "mqar", "--limit", 0)
+    assert "--limit must be at least 1; got 0" in words
     (tmp_path / "file").write_text("")
     options = (path, "--out", tmp_path / "file", "--task", "mqar")
-    assert "is a file; choose a directory" in complaint(capsys, *options)
+    assert "is no directory to write to" in complaint(capsys, *options)
     assert not (tmp_path / "out").exists()
 
 

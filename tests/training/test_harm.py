@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax.checkpoint import manifest
+from hybrid_jax.checkpoint import digests, manifest
 from hybrid_jax.training.checkpoints import CheckpointStore
 from tests.training import dying
 
@@ -40,6 +40,13 @@ def kind_of(path: pathlib.Path) -> str:
     return "data" if path.parent.name == "d" else "metadata"
 
 
+def flipped(contents: bytes, chosen: random.Random) -> bytes:
+    """With one bit changed."""
+    after, bit = bytearray(contents), chosen.randrange(8 * len(contents))
+    after[bit // 8] ^= 1 << bit % 8
+    return bytes(after)
+
+
 @dataclasses.dataclass
 class Harm:
     """What was done to one file of a directory, and how to undo it."""
@@ -68,9 +75,7 @@ def do(directory: pathlib.Path, what: str, chosen: random.Random) -> Harm:
     harm = Harm(what, kind, path, {path: contents}, [])
     match what:
         case "flip":
-            after, bit = bytearray(contents), chosen.randrange(8 * len(contents))
-            after[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(after)
+            path.write_bytes(flipped(contents, chosen))
         case "truncate":
             path.write_bytes(contents[: chosen.randrange(len(contents))])
         case "empty":
@@ -124,45 +129,83 @@ def test_a_thousand_harms_are_found(stored, abstract):
     assert len(done) == 25 and min(done.values()) > 150, done
 
 
-def flip_after_verifying(stored, abstract, monkeypatch, count: int) -> tuple[int, int]:
+@pytest.fixture
+def then_write(monkeypatch):
+    """Lets a file change as soon as it has been verified: then_write(path, its new bytes)."""
+    verify = manifest.verify
+
+    def install(path: pathlib.Path, after: bytes) -> None:
+        def verify_and_write(*arguments, **options):
+            whole = verify(*arguments, **options)
+            path.write_bytes(after)
+            return whole
+
+        monkeypatch.setattr(manifest, "verify", verify_and_write)
+
+    return install
+
+
+def test_files_are_read_again_where_arrays_could_not_be_compared(
+    stored, abstract, then_write, monkeypatch
+):
+    """As on a mesh of other processes that cuts them smaller than they were."""
+    monkeypatch.setattr(digests, "check", lambda *_: ["a.scale"])
+    with CheckpointStore.reading(stored) as checkpoints:
+        assert checkpoints.restore(abstract, step=2).position == 2
+        path = next(p for p in (stored / "2").rglob("d/*") if p.stat().st_size > 10_000)
+        before = path.read_bytes()
+        then_write(path, flipped(before, random.Random(1)))
+        try:
+            with pytest.raises(manifest.Damaged, match="has other contents"):
+                checkpoints.restore(abstract, step=2)
+        finally:
+            path.write_bytes(before)
+
+
+def flip_after_verifying(stored, abstract, then_write, count: int) -> tuple[int, int]:
     """(found, harmless): bits of data that flip between the verification and the reading."""
-    verify, chosen, found = manifest.verify, random.Random(3), 0
+    chosen, found = random.Random(3), 0
     data = sorted(p for p in (stored / "2").rglob("d/*") if p.stat().st_size > 10_000)
     wanted = jax.tree.map(np.asarray, dying.state(2))
     assert len(data) == 2
     for _ in range(count):
         path = chosen.choice(data)
         before = path.read_bytes()
-        after, bit = bytearray(before), chosen.randrange(8 * len(before))
-        after[bit // 8] ^= 1 << bit % 8
-
-        def verify_and_flip(*arguments, path=path, after=after, **options):
-            whole = verify(*arguments, **options)
-            path.write_bytes(after)
-            return whole
-
-        with CheckpointStore.reading(stored) as checkpoints, monkeypatch.context() as patch:
-            patch.setattr(manifest, "verify", verify_and_flip)
-            try:
+        then_write(path, flipped(before, chosen))
+        try:
+            with CheckpointStore.reading(stored) as checkpoints:
                 restored = checkpoints.restore(abstract, step=2)
-            except manifest.Damaged:
-                found += 1
-            else:
-                # Of a byte nobody reads.
-                got = jax.tree.map(np.asarray, restored.state)
-                jax.tree.map(np.testing.assert_array_equal, got.params, wanted.params)
-                jax.tree.map(np.testing.assert_array_equal, got.optimizer, wanted.optimizer)
-            finally:
-                path.write_bytes(before)
+        except manifest.Damaged:
+            found += 1
+        else:
+            # Of a byte nobody reads.
+            got = jax.tree.map(np.asarray, restored.state)
+            jax.tree.map(np.testing.assert_array_equal, got.params, wanted.params)
+            jax.tree.map(np.testing.assert_array_equal, got.optimizer, wanted.optimizer)
+        finally:
+            path.write_bytes(before)
     return found, count - found
 
 
-def test_bits_that_flip_after_the_verification_are_found(stored, abstract, monkeypatch):
-    found, harmless = flip_after_verifying(stored, abstract, monkeypatch, 8)
+def test_what_cannot_be_read_any_more_is_damaged_not_another_configuration(
+    stored, abstract, then_write
+):
+    path = next(p for p in (stored / "2").rglob("d/*") if p.stat().st_size > 10_000)
+    before = path.read_bytes()
+    then_write(path, b"")
+    try:
+        with CheckpointStore.reading(stored) as checkpoints:
+            assert checkpoints.restore(abstract).position == 1
+    finally:
+        path.write_bytes(before)
+
+
+def test_bits_that_flip_after_the_verification_are_found(stored, abstract, then_write):
+    found, harmless = flip_after_verifying(stored, abstract, then_write, 8)
     assert found >= 7, (found, harmless)
 
 
 @pytest.mark.nightly
-def test_two_hundred_bits_that_flip_after_the_verification(stored, abstract, monkeypatch):
-    found, harmless = flip_after_verifying(stored, abstract, monkeypatch, 200)
+def test_two_hundred_bits_that_flip_after_the_verification(stored, abstract, then_write):
+    found, harmless = flip_after_verifying(stored, abstract, then_write, 200)
     assert found >= 190, (found, harmless)

@@ -128,6 +128,15 @@ def test_low_rank_corrections_begin_as_nothing_and_alone_learn(layer):
         merged = skeleton.merged(params).hidden(*inputs).x_BTD
         return with_thin, merged, Skeleton(skeleton.config).model(base).hidden(*inputs).x_BTD
 
+    @jax.jit
+    def hidden_and_decoded(params):
+        model = skeleton.model(params)
+        state = model.initial_state(2, 32)
+        decoded = model.hidden(rows.tokens_BT, state=state).x_BTD
+        return model.hidden(rows.tokens_BT).x_BTD, decoded
+
+    # Two ways through attention, of float32.
+    np.testing.assert_allclose(*hidden_and_decoded(after.params), rtol=1e-4, atol=1e-5)
     base = {name: before.params[name] for name in skeleton.names}
     with_thin, _, plain = hidden(before.params, base)
     np.testing.assert_array_equal(with_thin, plain)
