@@ -94,7 +94,7 @@ def spiky(config):
     return dataclasses.replace(config, faults=Faults(spikes=spikes))
 
 
-# Before the first of them, which leaves a checkpoint that a whole run has not; and after going back.
+# Before the first, which leaves a checkpoint that a whole run has not; and after going back.
 @pytest.mark.parametrize("interrupted_after", [4, pytest.param(6, marks=pytest.mark.nightly)])
 def test_a_run_interrupted_among_bad_updates_ends_with_the_bits_of_one_that_was_not(
     interrupted_after, spiky, tmp_path, monkeypatch
@@ -171,11 +171,14 @@ def test_limits_follow_the_window_and_a_stored_history_gives_the_same_bits():
     assert history.limits().loss == np.inf
     for record in records[1:]:
         history.add(record)
+    history.add({"step": 6, "loss": None, "gradient_norm": None, "skipped": 1.0})
+    assert (history.skipped_in_a_row, history.skipped) == (1, 1)
     # 1, 2, 3 and 6: mean 3, standard deviation sqrt(14 / 3) of the sample.
     assert history.limits().loss == np.float32(3 + 2 * math.sqrt(14 / 3))
     other = History(faults)
     other.load(history.to_json())
-    assert other.limits() == history.limits() and not history.wants_rewind
+    assert other.limits() == history.limits() and other.to_json() == history.to_json()
+    assert not history.wants_rewind
     assert History(Faults()).limits() == (np.inf, np.inf)
 
 
@@ -222,7 +225,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
         for r in observe.read_metrics(path / "metrics.jsonl")
         if "checkpoint_failed" in r
     }
-    # As soon as it is known, which is before the next one is begun.
+    # As soon as it is known, at the latest when the next one begins.
     [(step, what)] = failed.items()
     assert what == 3 and 4 <= step <= 7
 
