@@ -21,7 +21,7 @@ def find(directory) -> list[pathlib.Path]:
 
     Nor, of a training run, its own records.
     """
-    known = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME)
+    known: tuple[str, ...] = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME)
     if is_training_run(directory):
         known += _OF_RUNS
     return [
