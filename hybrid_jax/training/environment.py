@@ -11,12 +11,16 @@ from collections.abc import Callable
 
 import jax
 
-import hybrid_jax
 import pallas_kernels
 import sharding
+from hybrid_jax import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_OURS = (hybrid_jax, pallas_kernels, sharding)
+# Where what is imported lies, which need not be what is installed.
+_OURS = (
+    pathlib.Path(__file__).parents[1],
+    *(pathlib.Path(package.__path__[0]) for package in (pallas_kernels, sharding)),
+)
 
 
 def describe() -> dict[str, str]:
@@ -24,7 +28,7 @@ def describe() -> dict[str, str]:
     versions = {name: _version(name) for name in _LIBRARIES}
     devices = jax.devices()
     return {
-        "hybrid-jax": hybrid_jax.__version__,
+        "hybrid-jax": __version__,
         "sources": _sources(),
         "python": platform.python_version(),
         **versions,
@@ -83,10 +87,9 @@ def _version(name: str) -> str:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of our own code: of what is imported, not of what is installed."""
+    """A hash of our own code."""
     digest = hashlib.sha256()
-    for package in _OURS:
-        root = pathlib.Path(package.__path__[0])
+    for root in _OURS:
         for file in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
             digest.update(f"{root.name}/{file.relative_to(root)}\0".encode())
             digest.update(file.read_bytes() + b"\0")

@@ -67,21 +67,8 @@ def make_train_step(
         gradients, metrics = _accumulated(loss, learns, batch, rounds)
         if live is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, optimizer.split(live.params)[0])
-        params, optimizer_state, norm = optimizer.update(
-            state.params, gradients, state.optimizer, state.step
-        )
-        sound = guard.is_sound(metrics["loss"], norm, limits)
-        params, optimizer_state = guard.choose(
-            sound, (params, optimizer_state), (state.params, state.optimizer)
-        )
-        metrics |= {
-            "learning_rate": optimizer.learning_rate(state.step),
-            "gradient_norm": norm,
-            "update_norm": _norm({name: _moved(state, params, name) for name in params}),
-            "parameter_norm": _norm(params),
-            "skipped": 1 - sound.astype(jnp.float32),
-        }
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        state, found = _applied(optimizer, state, gradients, metrics["loss"], limits)
+        return state, metrics | found
 
     if placement is None:
         return jax.jit(train_step, donate_argnums=0)
@@ -106,9 +93,26 @@ def make_evaluation_step(
     return jax.jit(evaluation_step)
 
 
-def _moved(state: TrainState, params: Named, name: str) -> jax.Array:
-    """What the update did to a parameter as it is stored: bfloat16 swallows small ones."""
-    return params[name].astype(jnp.float32) - state.params[name].astype(jnp.float32)
+def _applied(
+    optimizer: Optimizer, state: TrainState, gradients: Named, loss, limits: guard.Limits
+) -> tuple[TrainState, Metrics]:
+    """The state after the update, unchanged but for its count if that is not sound; norms."""
+    old = state.params, state.optimizer
+    *new, norm = optimizer.update(state.params, gradients, state.optimizer, state.step)
+    sound = guard.is_sound(loss, norm, limits)
+    params, optimizer_state = guard.choose(sound, tuple(new), old)
+    # Of what learns: to read the rest would take its time.
+    before, after = (optimizer.split(each)[0] for each in (state.params, params))
+    # As it is stored: bfloat16 swallows small updates.
+    moved = {k: after[k].astype(jnp.float32) - before[k].astype(jnp.float32) for k in after}
+    metrics = {
+        "learning_rate": optimizer.learning_rate(state.step),
+        "gradient_norm": norm,
+        "update_norm": _norm(moved),
+        "parameter_norm": _norm(after),
+        "skipped": 1 - sound.astype(jnp.float32),
+    }
+    return TrainState(state.step + 1, params, optimizer_state), metrics
 
 
 def _norm(named: Named) -> jax.Array:

@@ -82,6 +82,7 @@ def test_two_runs_side_by_side_in_one_file_that_needs_no_network(tmp_path, capsy
     assert not re.search(r"url\((?!#)|@import|<script", text)
     # What runs are called and hold is text, never markup or mathematics.
     assert HOSTILE in words and "i" not in page.tags and "b" not in page.tags
+    assert f"{HOSTILE}, training (mean)" in page.text
     for title in (
         *("Loss", "Learning rate", "Throughput", "Peak memory", "Gradient norm"),
         *("Router load entropy", "Loss by position", "Memories of lightning layers"),

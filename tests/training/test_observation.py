@@ -52,26 +52,34 @@ def test_norms_of_memories_are_those_of_a_rows_first_document_in_the_order_of_la
     assert (np.asarray(measure(emptied, batch)) == 0).tolist() == [False, False, False, True]
 
 
-def test_norms_of_memories_on_a_mesh_that_can_decode_and_a_word_on_one_that_cannot():
+@pytest.mark.nightly  # two programs more
+def test_norms_of_memories_are_the_same_on_a_mesh():
     model = small.small_model(num_kv_heads=2)
-    config = small.small_run(model=model, observation=Observation())
+    config = small.small_run(model=model)
     skeleton, batch, norms = Skeleton(model), small.random_batch(4, 32), []
     optimizer = Optimizer(config, skeleton.axes)
-    for mesh, rules in (("data=1", "fsdp"), ("data=2,tensor=2", "fsdp_tensor")):
-        parallel = Parallel(mesh=mesh, rules=rules)
-        placement = placing.make(parallel, jax.devices()[: 1 if mesh == "data=1" else 4])
+    for mesh, devices in (("data=1", 1), ("data=2,tensor=2", 4)):
+        parallel = Parallel(mesh=mesh, rules="fsdp_tensor")
+        placement = placing.make(parallel, jax.devices()[:devices])
         params = initial_state(config, skeleton, optimizer, placement).params
         measure = state_norms.make_state_norms(skeleton, placement)
         norms.append(np.asarray(measure(params, Feed(placement, 4, 32).place(batch))))
     # Sums of float32 numbers in another order.
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
 
+
+def test_a_mesh_that_cannot_decode_is_said_once():
+    class Heldout:
+        first_batch = small.random_batch(4, 32)
+        feed = Feed(placing.make(Parallel(mesh="fsdp=2"), jax.devices()[:2]), 4, 32)
+
     notes: list[str] = []
+    config = small.small_run(observation=Observation())
+    skeleton = Skeleton(config.model)
     placement = placing.make(Parallel(mesh="fsdp=2"), jax.devices()[:2])
     measure = state_norms.StateNorms(config, skeleton, placement, notes.append)
-    windows = [[column[row] for column in batch] for row in range(4)]
     for _ in range(2):
-        assert measure(skeleton.abstract, windows, Feed(placement, 4, 32)) == {}
+        assert measure(skeleton.abstract, Heldout()) == {}
     assert len(notes) == 1 and "not measured: The rules 'fsdp' keep parameters in" in notes[0]
 
 
