@@ -171,27 +171,45 @@ def ask(model, args: Args) -> dict:
     return {"pairs": by_pairs["pairs"], "lengths": by_length, "needles": needles["cells"]}
 
 
-def throughput(variant: str, args: Args) -> dict:
-    """Tokens a second of the whole update, by length: the median of five, compiled before."""
-    rates = []
+def throughput(args: Args) -> dict:
+    """Tokens a second of the whole update, by length: medians of five rounds, compiled before.
+
+    The models take turns, so that whatever else the machine does meets all of them.
+    """
+    rates: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     for length in args.timed_lengths:
         rows = max(1, 8192 // length)
         sized = dataclasses.replace(args, length=length, batch_size=rows)
-        config = train_config(variant, sized, 0)
-        skeleton = Skeleton(config.model)
-        optimizer = Optimizer(config, skeleton.axes)
-        step = make_train_step(config, skeleton, optimizer)
-        state = start(config, skeleton, optimizer)
-        made, seconds = batch(0, 0, rows, length), []
-        for _ in range(6):
-            begin = time.perf_counter()
-            state, metrics = step(state, made)
-            jax.block_until_ready((state, metrics))
-            seconds.append(time.perf_counter() - begin)
-        rate = rows * length / statistics.median(seconds[1:])
-        print(f"{variant}: {rate:,.0f} tokens/s at {length:,}", flush=True)
-        rates.append({"length": length, "rows": rows, "tokens_per_second": round(rate)})
-    return {"variant": variant, "settings": _settings(args), "rates": rates}
+        made = batch(0, 0, rows, length)
+        updates = {variant: _update(train_config(variant, sized, 0), made) for variant in VARIANTS}
+        seconds: dict[str, list[float]] = {
+            variant: [update()] for variant, update in updates.items()
+        }
+        for _ in range(5):
+            for variant, update in updates.items():
+                seconds[variant].append(update())
+        for variant, own in seconds.items():
+            rate = round(rows * length / statistics.median(own[1:]))
+            print(f"{variant}: {rate:,} tokens/s at {length:,}", flush=True)
+            rates[variant].append({"length": length, "rows": rows, "tokens_per_second": rate})
+    return {"settings": _settings(args), "rates": rates}
+
+
+def _update(config: t.TrainConfig, made: Batch):
+    """One update on `made`, again and again: a function that returns the seconds it took."""
+    skeleton = Skeleton(config.model)
+    optimizer = Optimizer(config, skeleton.axes)
+    step = make_train_step(config, skeleton, optimizer)
+    state = start(config, skeleton, optimizer)
+
+    def update() -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state, metrics = step(state, made)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - begin
+
+    return update
 
 
 def stored(file: pathlib.Path, args: Args, make) -> dict:
@@ -208,7 +226,7 @@ def stored(file: pathlib.Path, args: Args, make) -> dict:
     return made
 
 
-def summary(runs: list[dict], rates: list[dict]) -> dict:
+def summary(runs: list[dict], rates: dict[str, list[dict]]) -> dict:
     """Lowest, median and highest over the seeds, by variant."""
     found = {}
     for variant in VARIANTS:
@@ -228,7 +246,7 @@ def summary(runs: list[dict], rates: list[dict]) -> dict:
                 for length in sorted({cell["length"] for cell in own[0]["needles"]})
             },
             "final_loss": _spread(statistics.mean(r["losses"][-20:]) for r in own),
-            "rates": next(r["rates"] for r in rates if r["variant"] == variant),
+            "rates": rates[variant],
         }
     return found
 
@@ -241,10 +259,7 @@ def main() -> int:
         for seed in range(args.seeds)
         for variant in VARIANTS
     ]
-    rates = [
-        stored(args.out / f"{variant}-rates.json", args, lambda v=variant: throughput(v, args))
-        for variant in VARIANTS
-    ]
+    rates = stored(args.out / "rates.json", args, lambda: throughput(args))["rates"]
     found = summary(runs, rates)
     (args.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     evidence_plots.draw(runs, rates, args.out)

@@ -5,11 +5,10 @@ import pathlib
 COLORS = {"softmax": "#2f6db5", "lightning": "#c4501b", "hybrid": "#3a8f5c"}
 
 
-def draw(runs: list[dict], rates: list[dict], out: pathlib.Path) -> None:
+def draw(runs: list[dict], rates: dict[str, list[dict]], out: pathlib.Path) -> None:
     """Write recall.png, loss.png, length.png and speed.png; one thin line a seed."""
-    pairs = [("pairs", "recall", each["pairs"]) for each in runs]
     figure, axes = _axes("pairs in the row", "questions answered")
-    _lines(axes, runs, [[(p["pairs"], p["recall"]) for p in values] for _, _, values in pairs])
+    _lines(axes, runs, [[(p["pairs"], p["recall"]) for p in r["pairs"]] for r in runs])
     chance = [(p["pairs"], p["chance"]) for p in runs[0]["pairs"]]
     axes.plot(*zip(*chance, strict=True), ":", color="#555555", label="one of the row's values")
     _finish(figure, axes, out / "recall.png", "Associative recall at the training length")
@@ -31,8 +30,8 @@ def draw(runs: list[dict], rates: list[dict], out: pathlib.Path) -> None:
     _finish(figure, left, out / "length.png", f"Trained at {trained} tokens, asked beyond", right)
 
     figure, axes = _axes("length (tokens)", "tokens a second, one update")
-    points = [[(p["length"], p["tokens_per_second"]) for p in each["rates"]] for each in rates]
-    _lines(axes, rates, points, ceiling=None)
+    points = [[(p["length"], p["tokens_per_second"]) for p in own] for own in rates.values()]
+    _lines(axes, [{"variant": variant} for variant in rates], points, ceiling=None)
     axes.set_yscale("log")
     _finish(figure, axes, out / "speed.png", "Speed of an update against length")
 

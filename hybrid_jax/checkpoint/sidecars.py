@@ -5,15 +5,25 @@ import shutil
 
 from hybrid_jax.checkpoint.formats import orbax
 from hybrid_jax.checkpoint.formats.links import inside
+from hybrid_jax.checkpoint.formats.training_run import is_training_run
 
 CONFIG_JSON, CONFIG_YAML = "config.json", "config.yaml"
 TEMPLATES = "additional_chat_templates"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken")
 
 
+# What a training run keeps for itself: versions it ran with, and what it started from.
+_OF_RUNS = ("environment.json", "start.json")
+
+
 def find(directory) -> list[pathlib.Path]:
-    """Files and folders of a checkpoint directory that are neither its weights nor its config."""
-    known = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME)
+    """Files and folders of a checkpoint directory that are neither its weights nor its config.
+
+    Nor, of a training run, its own records.
+    """
+    known: tuple[str, ...] = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME)
+    if is_training_run(directory):
+        known += _OF_RUNS
     return [
         path
         for path in sorted(pathlib.Path(directory).iterdir())

@@ -121,3 +121,8 @@ class Recall:
     def __post_init__(self):
         _require_sizes(self, "pairs")
         require_positive(self, "length", "rows")
+        if self.length < 2 * max(self.pairs) + 1:
+            raise ValueError(
+                f"Recall.length={self.length} has no room for {max(self.pairs)} pairs and a "
+                f"question; give at least {2 * max(self.pairs) + 1}, or fewer pairs."
+            )

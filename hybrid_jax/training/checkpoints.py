@@ -185,11 +185,11 @@ class CheckpointStore:
     ) -> Restored:
         """The state at `step` (None: the newest good one); ValueError if it is not like `abstract`.
 
-        With `before` the newest good one of an earlier step than that.
-        Every file is read and held against its checksum before, every array after. A newest one
-        that is damaged is named and passed over; with `step` that is an error, `manifest.Damaged`.
-        Later steps than `step` then count as left: the next one saved takes their place. Arrays go
-        where `abstract` says, else to the first device, wherever they were when stored.
+        With `before` the newest good one of an earlier step than that. Every file is read and held
+        against its checksum before, every array after. A newest one that is damaged is named and
+        passed over; with `step` that is an error, `manifest.Damaged`. Steps after the one restored
+        count as left: the next save removes them. Arrays go where `abstract` says, else to the
+        first device, wherever they were when stored.
         """
         wanted = {"params": abstract.params, "optimizer": abstract.optimizer}
         step, trees = self._first_good(step, wanted, before)

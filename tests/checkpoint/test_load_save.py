@@ -175,7 +175,8 @@ def test_a_training_run_is_loaded_and_exported(tmp_path):
         held = digests.hold({f"params/{name}": array for name, array in params.items()})
         manifest.write(place, digests.describe(held))
     text.write_yaml(recipe, run / "config.yaml")
-    (run / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "environment.json", "start.json"):
+        (run / name).write_text("{}")
     _same(_random(recipe.model, seed=3), hybrid_jax.load(run))
     (run / "checkpoints" / "11" / "_CHECKPOINT_METADATA").write_text("{}")
     (run / "checkpoints" / "12").mkdir()
@@ -188,6 +189,7 @@ def test_a_training_run_is_loaded_and_exported(tmp_path):
         convert(run, tmp_path / format, format)
         _same(model, hybrid_jax.load(tmp_path / format))
         assert (tmp_path / format / "tokenizer.json").exists()
+        assert not (tmp_path / format / "environment.json").exists()
     # Files that agree with their checksums, and arrays that do not: written so.
     place = run / "checkpoints" / "10"
     written = manifest.read(place)

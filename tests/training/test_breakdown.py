@@ -77,10 +77,11 @@ def test_rounds_and_devices_give_the_means_of_the_whole_batch():
     whole = metrics(1)
     assert np.isfinite(whole["loss_by_source"]).tolist() == [True, False, True]
     # Tokens of words that are split come together with those of other devices.
-    mesh = placements.make("fsdp=2,expert=2,sequence=2", "long_context")
-    for other in (metrics(2), metrics(1, mesh)):
-        for name in ("loss_by_source", "tokens_by_source", "loss_by_position"):
-            np.testing.assert_allclose(other[name], whole[name], rtol=1e-5, err_msg=name)
+    mesh = placements.make("expert=2,sequence=4", "long_context")
+    # Both at once: a program less to compile.
+    other = metrics(2, mesh)
+    for name in ("loss_by_source", "tokens_by_source", "loss_by_position"):
+        np.testing.assert_allclose(other[name], whole[name], rtol=1e-5, err_msg=name)
     by_source = np.nansum(whole["loss_by_source"] * whole["tokens_by_source"])
     np.testing.assert_allclose(by_source / whole["tokens"], whole["loss"], rtol=1e-5)
 

@@ -19,6 +19,7 @@ from hybrid_jax.config import text
 from hybrid_jax.config import training as t
 from hybrid_jax.config.parallel import Parallel
 from hybrid_jax.training import opening, run
+from hybrid_jax.training.stop import START_AGAIN
 from tests.sharding import together
 from tests.training import small
 from tests.training.test_mesh import TOLERANCE, curve
@@ -98,7 +99,7 @@ def test_two_processes_are_stopped_and_one_is_killed(config, tmp_path):
     wait_for_step(path, 1, started, logs)
     started[1].send_signal(signal.SIGTERM)
     # What launchers start again.
-    assert together.wait(started, 300) == [75, 75]
+    assert together.wait(started, 300) == [START_AGAIN] * 2
     step = len(observe.read_metrics(path / "metrics.jsonl"))
     assert step < STEPS - 4 and (path / "checkpoints" / str(step)).is_dir()
     assert any(f"Stopped by SIGTERM after step {step}" in line for line in together.lines(logs, 0))
@@ -166,7 +167,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(first, then, 
     started = train(path, first)
     wait_for_step(path, 3, started, logs)
     started[0].send_signal(signal.SIGTERM)
-    assert together.wait(started, 900) == [0] * first
+    assert together.wait(started, 900) == [START_AGAIN] * first
     step = len(without_times(path))
     assert 3 <= step <= steps - 50
     assert together.wait(train(path, then, "--resume"), 900) == [0] * then

@@ -27,7 +27,9 @@ from tests.training import small
 @pytest.fixture(scope="module")
 def base_config(tmp_path_factory):
     words = small.write_text(tmp_path_factory.mktemp("text"))
-    return small.small_run(words, model=small.dense_model(), steps=2, optimizer=t.Muon())
+    config = small.small_run(words, model=small.dense_model(), steps=2, optimizer=t.Muon())
+    # Nothing to evaluate on, and so no program for it.
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.0))
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,25 @@ import sys
 import numpy as np
 
 from hybrid_jax import cli
-from hybrid_jax.training.feed import Feed
+from hybrid_jax.training.supply import Supply
 
 
 def main(log: str, *arguments: str) -> int:
     import jax
 
-    place = Feed.place
+    following = Supply.next
 
-    def and_note(self, batch):
+    def and_note(self):
+        supplied = following(self)
         rows = {
             row: hashlib.sha256(np.asarray(own).tobytes()).hexdigest()
-            for row, own in zip(self.rows, batch.tokens_BT, strict=True)
+            for row, own in zip(supplied.rows, supplied.own.tokens_BT, strict=True)
         }
         with open(f"{log}.{jax.process_index()}", "a") as file:
             file.write(json.dumps(rows) + "\n")
-        return place(self, batch)
+        return supplied
 
-    Feed.place = and_note  # type: ignore[method-assign]
+    Supply.next = and_note  # type: ignore[method-assign]
     return cli.main(["train", *arguments])
 
 
