@@ -101,6 +101,9 @@ class CheckpointStore:
         self.wait()
         if step == self._latest:
             return
+        if processes.is_first():
+            # What a save that failed has left may be the very room that this one lacks.
+            _remove_drafts(self._directory)
         self._begun += 1
         with self._explained():
             faults.reach("begin")
@@ -286,12 +289,17 @@ def _steps(directory: pathlib.Path) -> tuple[list[int], list[int]]:
 
 def _clear(directory: pathlib.Path) -> None:
     """Remove what a killed run left: drafts, and what was being removed."""
-    for pattern in ("*.orbax-checkpoint-tmp*", ".gone-*"):
-        for path in directory.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    _remove_drafts(directory)
     for path in directory.glob(f"[0-9]*/{manifest.NAME}.draft-*"):
         path.unlink(missing_ok=True)
     shares.clear(directory)
+
+
+def _remove_drafts(directory: pathlib.Path) -> None:
+    """Remove what does not count and no write is filling."""
+    for pattern in ("*.orbax-checkpoint-tmp*", ".gone-*"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -51,14 +51,17 @@ class Saver:
         untold, self._untold = self._untold, None
         return untold
 
-    def settle(self) -> Exception | None:
-        """Wait for the write at hand; with all processes, the reason if it failed in any."""
+    def settle(self, is_last: bool = False) -> Exception | None:
+        """Wait for the write at hand; with all processes, the reason if it failed in any.
+
+        After the last one nothing goes on, and nothing is said: the caller has the reason.
+        """
         if self._begun is None:
             return None
         try:
             processes.all_pass(self._result)
         except (OSError, ValueError) as error:
-            if self._problem is None:
+            if self._problem is None and not is_last:
                 self._fail(error)
             self._begun = self._problem = None
             return error
@@ -67,7 +70,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until everything is on disk. Raises OSError if the newest state is not."""
-        if (error := self.settle()) is not None:
+        if (error := self.settle(is_last=True)) is not None:
             raise OSError(f"The newest state is lost. {error}") from error
 
     def _result(self) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,11 +19,12 @@ from hybrid_jax.config import training as t
 from hybrid_jax.config.faults import Faults, Spikes
 from hybrid_jax.data import Batches
 from hybrid_jax.training import bad_batches
+from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.guard import Limits
 from hybrid_jax.training.history import History
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
-from hybrid_jax.training.state import initial_state
+from hybrid_jax.training.state import TrainState, initial_state
 from hybrid_jax.training.step import make_train_step
 from hybrid_jax.training.supply import Supplied
 from tests.training import small
@@ -228,6 +230,16 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_training_goes_on(
     # As soon as it is known, at the latest when the next one begins.
     [(step, what)] = failed.items()
     assert what == 3 and 4 <= step <= 7
+
+
+def test_what_a_failed_save_has_left_makes_room_for_the_next(tmp_path):
+    draft = tmp_path / "3.orbax-checkpoint-tmp" / "params"
+    state = TrainState(jnp.int32(6), {"a": jnp.ones(3)}, {"m": jnp.zeros(3)})
+    with CheckpointStore(tmp_path, keep=2) as checkpoints:
+        draft.mkdir(parents=True)
+        checkpoints.save(6, state, {}, "data")
+        checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
 def test_a_last_state_that_is_lost_is_an_error(config, tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ import dataclasses
 import io
 import json
 import resource
+import signal
 import struct
 
 import jax
 import numpy as np
 import pytest
 
+from hybrid_jax import model as model_lib
 from hybrid_jax import observe
 from hybrid_jax.config.observation import Observation
 from hybrid_jax.config.parallel import Parallel
@@ -30,9 +32,8 @@ def test_norms_of_memories_are_those_of_a_rows_first_document_in_the_order_of_la
     twice = dataclasses.replace(lightning, count=2)
     model = small.small_model(pattern=(twice, softmax), repeats=2)
     assert state_norms.layers_of(model) == [0, 1, 3, 4]
-    config = small.small_run(model=model)
     skeleton = Skeleton(model)
-    params = initial_state(config, skeleton, Optimizer(config, skeleton.axes)).params
+    params = skeleton.named(model_lib.build(model))
     measure = state_norms.make_state_norms(skeleton)
     batch = small.random_batch(4, 32)
     norms = np.asarray(measure(params, batch))
@@ -83,24 +84,25 @@ def test_a_mesh_that_cannot_decode_is_said_once():
     assert len(notes) == 1 and "not measured: The rules 'fsdp' keep parameters in" in notes[0]
 
 
-def test_event_files_traces_and_environments_of_a_run_that_is_continued(tmp_path):
+def test_event_files_traces_and_environments_of_a_run_that_is_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(observe.progress, "_SECONDS_BETWEEN_LINES", 0)
     words = small.write_text(tmp_path)
     shown = Observation(tensorboard=True, profile_at=2, profile_steps=1)
-    config = small.small_run(words, steps=4, observation=shown)
-    path, stream = tmp_path / "run", io.StringIO()
+    config = small.small_run(words, observation=shown)
+    path, stream = tmp_path / "run", small.Interrupting("step 4/8", signal.SIGTERM)
     small.train(config, path, stream=stream)
     records = observe.read_metrics(path / "metrics.jsonl")
     [norm] = records[-1]["state_norms"]
-    assert norm > 0 and all(r["peak_memory_bytes"] > 1 << 20 for r in records)
+    assert len(records) == 4 and norm > 0
+    assert all(record["peak_memory_bytes"] > 1 << 20 for record in records)
     assert list((path / "profile").rglob("*.xplane.pb"))
     assert f"A profile is in {path / 'profile'}" in stream.getvalue()
     assert events(path)["loss"] == [(r["step"], pytest.approx(r["loss"])) for r in records]
 
     # Continued: the steps of before stay, none is there twice.
-    more = dataclasses.replace(config, steps=6)
-    small.train(more, path, resume=True, stream=io.StringIO())
-    assert [step for step, _ in events(path)["loss"]] == [1, 2, 3, 4, 5, 6]
-    assert events(path)["state_norms/0"][0] == (4, pytest.approx(norm))
+    small.train(config, path, resume=True, stream=io.StringIO())
+    assert [step for step, _ in events(path)["loss"]] == list(range(1, 9))
+    assert [step for step, _ in events(path)["state_norms/0"]] == [4, 8]
     starts = environment.read(path / "environment.json")
     assert [start["step"] for start in starts] == [0, 4]
 
