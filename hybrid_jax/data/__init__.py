@@ -3,8 +3,9 @@
 from hybrid_jax.data.batch import Batch
 from hybrid_jax.data.corpus import Part
 from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
+from hybrid_jax.data.encoding import Encoded
 from hybrid_jax.data.pipeline import Batches, evaluation_batches
-from hybrid_jax.data.preparation import prepare
+from hybrid_jax.data.preparation import prepare, store_tokens
 from hybrid_jax.data.split import is_heldout
 from hybrid_jax.data.store import TokenStore, unigram_entropy
 from hybrid_jax.data.tokenizer import END_OF_DOCUMENT, Tokenizer, train_tokenizer
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Dataset",
+    "Encoded",
     "Part",
     "TokenStore",
     "Tokenizer",
@@ -24,6 +26,7 @@ __all__ = [
     "is_heldout",
     "open_dataset",
     "prepare",
+    "store_tokens",
     "train_tokenizer",
     "unigram_entropy",
 ]

@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import xxhash
@@ -21,6 +21,7 @@ from hybrid_jax.data.dataset import FORMAT, Dataset, open_dataset
 from hybrid_jax.data.tokenizer import Tokenizer
 
 _RECORDS_AT_A_TIME = 256
+_TOKENS_A_SHARD = 1 << 26
 
 Report = Callable[[int, int, int], None]
 """(units done, units in all, tokens so far)"""
@@ -60,8 +61,51 @@ def prepare(
     for made in workers.run(task, jobs, num_workers, _names):
         done, tokens = done + 1, tokens + made
         report(done, len(units), tokens)
-    _finish(source, directory, plan, deduplicate)
+    _finish(source.path, directory, len(units), plan["tokenizer"], deduplicate)
     return open_dataset(directory)
+
+
+def store_tokens(
+    documents: Iterable[encoding.Encoded],
+    directory,
+    tokenizer: Tokenizer,
+    *,
+    heldout_fraction: float = 0.05,
+) -> Dataset:
+    """Documents that are tokens already, as a prepared source in a new directory.
+
+    `tokenizer` is the one that their ids are of. Raises ValueError if the directory holds anything
+    or there is no document.
+    """
+    directory = pathlib.Path(directory)
+    _claim_new(directory, tokenizer)
+    place, count = directory / "shards", 0
+    for count, group in enumerate(_groups(documents), start=1):
+        shards.write(
+            place,
+            count - 1,
+            group,
+            vocab_size=tokenizer.vocab_size,
+            heldout_fraction=heldout_fraction,
+        )
+    plan = {"version": FORMAT, "settings": "stored", "units": [[]] * count}
+    shards.write_whole(directory / "plan.json", json.dumps(plan) + "\n")
+    _finish(str(directory), directory, count, tokenizer_hash(tokenizer), False)
+    return open_dataset(directory)
+
+
+def _groups(documents: Iterable[encoding.Encoded]) -> Iterator[list[encoding.Encoded]]:
+    """Documents of about a shard's size together."""
+    group: list[encoding.Encoded] = []
+    tokens = 0
+    for document in documents:
+        group.append(document)
+        tokens += len(document.ids)
+        if tokens >= _TOKENS_A_SHARD:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group
 
 
 def _names(job) -> str:
@@ -104,11 +148,16 @@ def _claim(directory: pathlib.Path, plan: dict, tokenizer: Tokenizer) -> None:
                 f"{directory} was begun with other {', '.join(changed)}. {_START_AGAIN}"
             )
         return
+    _claim_new(directory, tokenizer)
+    shards.write_whole(file, json.dumps(plan) + "\n")
+
+
+def _claim_new(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Make the directory with a tokenizer in it. Raises ValueError if it holds anything."""
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} already holds other files. Choose another directory.")
     (directory / "shards").mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory / "tokenizer.json")
-    shards.write_whole(file, json.dumps(plan) + "\n")
 
 
 _START_AGAIN = "Delete it to tokenise again, or choose another directory."
@@ -168,9 +217,11 @@ def _histogram(lengths: np.ndarray) -> dict:
     } | dict(zip(names, quantiles, strict=True))
 
 
-def _finish(source: Source, directory: pathlib.Path, plan: dict, deduplicate: bool) -> None:
-    """Count, mark duplicates, and say that all is there."""
-    place, count = directory / "shards", len(plan["units"])
+def _finish(
+    name: str, directory: pathlib.Path, count: int, tokenizer: str, deduplicate: bool
+) -> None:
+    """Count, mark duplicates, and say that all of the `count` shards are there."""
+    place = directory / "shards"
     facts = [_facts(place, number) for number in range(count)]
     skipped: Counter[str] = Counter()
     for each in facts:
@@ -181,7 +232,7 @@ def _finish(source: Source, directory: pathlib.Path, plan: dict, deduplicate: bo
     if not documents:
         what = ", ".join(f"{number} {reason}" for reason, number in skipped.items()) or "no record"
         first = f" The first: {json.loads(lines[0])}." if lines else ""
-        raise ValueError(f"{source.path} holds nothing to learn from: {what}.{first}")
+        raise ValueError(f"{name} holds nothing to learn from: {what}.{first}")
     tables = [shards.load(place, number).documents for number in range(count)]
     kept = np.ones(documents, bool)
     if deduplicate:
@@ -196,7 +247,7 @@ def _finish(source: Source, directory: pathlib.Path, plan: dict, deduplicate: bo
         "tokens": sum(each.tokens for each in facts),
         "shards": count,
         "skipped": dict(skipped),
-        "tokenizer": plan["tokenizer"],
+        "tokenizer": tokenizer,
         "lengths": _histogram(np.concatenate([table["length"] for table in tables])[kept]),
     }
     shards.write_whole(directory / "dataset.json", json.dumps(summary, indent=2) + "\n")

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_jax import data
 from hybrid_jax.config.data import Source
-from hybrid_jax.data import corpus, workers
+from hybrid_jax.data import corpus, preparation, workers
 from hybrid_jax.data.sources import json_lines
 
 TEXTS = [f"alpha beta {n % 40} gamma " * (1 + n % 7) for n in range(120)]
@@ -192,3 +192,25 @@ def test_a_tokenizer_learns_what_templates_need(tmp_path):
     )
     ids, learned = made.training.read(0, 0, int(made.training.lengths[0]))
     assert made.tokenizer.decode(ids[np.asarray(learned)]) == "hello"
+
+
+def test_tokens_of_ones_own_are_stored_as_they_are(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(preparation, "_TOKENS_A_SHARD", 10)
+    learned = np.array([False, True, True])
+    documents = [
+        data.Encoded(
+            str(n), str(n), np.arange(n, n + 3, dtype=np.uint32), learned if n % 2 else None
+        )
+        for n in range(9)
+    ]
+    made = data.store_tokens(documents, tmp_path / "out", tokenizer, heldout_fraction=0.0)
+    assert made.summary["shards"] == 3
+    assert contents(made)[0] == [[n, n + 1, n + 2] for n in range(9)]
+    for n in range(9):
+        mask = made.training.read(n, 0, 3)[1]
+        assert (mask is None or mask.all()) if n % 2 == 0 else mask.tolist() == learned.tolist()
+    made.verify()
+    with pytest.raises(ValueError, match=r"already holds other files"):
+        data.store_tokens(documents, tmp_path / "out", tokenizer)
+    with pytest.raises(ValueError, match=r"holds nothing to learn from"):
+        data.store_tokens([], tmp_path / "none", tokenizer)
