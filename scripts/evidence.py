@@ -259,10 +259,11 @@ def main() -> int:
         for seed in range(args.seeds)
         for variant in VARIANTS
     ]
+    evidence_plots.draw_runs(runs, args.out)
     rates = stored(args.out / "rates.json", args, lambda: throughput(args))["rates"]
     found = summary(runs, rates)
     (args.out / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
-    evidence_plots.draw(runs, rates, args.out)
+    evidence_plots.draw_rates(rates, args.out)
     for name in ("recall_by_pairs", "recall_by_length", "needles_by_length"):
         print(f"\n{name.replace('_', ' ')} (lowest, median and highest of {args.seeds} seeds)")
         for variant, each in found.items():

@@ -5,8 +5,8 @@ import pathlib
 COLORS = {"softmax": "#2f6db5", "lightning": "#c4501b", "hybrid": "#3a8f5c"}
 
 
-def draw(runs: list[dict], rates: dict[str, list[dict]], out: pathlib.Path) -> None:
-    """Write recall.png, loss.png, length.png and speed.png; one thin line a seed."""
+def draw_runs(runs: list[dict], out: pathlib.Path) -> None:
+    """Write recall.png, loss.png and length.png; one thin line a seed."""
     figure, axes = _axes("pairs in the row", "questions answered")
     _lines(axes, runs, [[(p["pairs"], p["recall"]) for p in r["pairs"]] for r in runs])
     chance = [(p["pairs"], p["chance"]) for p in runs[0]["pairs"]]
@@ -29,6 +29,9 @@ def draw(runs: list[dict], rates: dict[str, list[dict]], out: pathlib.Path) -> N
         axes.axvline(trained, color="#999999", linewidth=0.8, linestyle="--")
     _finish(figure, left, out / "length.png", f"Trained at {trained} tokens, asked beyond", right)
 
+
+def draw_rates(rates: dict[str, list[dict]], out: pathlib.Path) -> None:
+    """Write speed.png."""
     figure, axes = _axes("length (tokens)", "tokens a second, one update")
     points = [[(p["length"], p["tokens_per_second"]) for p in own] for own in rates.values()]
     _lines(axes, [{"variant": variant} for variant in rates], points, ceiling=None)

@@ -8,6 +8,7 @@ from hybrid_jax.config import presets, recipes
 from hybrid_jax.config import training as t
 from hybrid_jax.config.data import Source
 from hybrid_jax.config.layers import SoftmaxAttention
+from hybrid_jax.config.model import DeepNorm
 
 DATA = (Source(path="web", weight=0.7), Source(path="code", weight=0.3))
 SMALL = recipes.Budget(length=64, batch_tokens=256, tokens=20_000)
@@ -32,6 +33,7 @@ def test_pre_training_has_the_reports_numbers():
         assert batch == (16 << 20) << sizes.index((seen, batch))
     assert config.tokens_before(config.steps) == pytest.approx(11.4e12, rel=1e-4)
     assert (config.schedule.peak, config.schedule.warmup_steps) == (2e-4, 500)
+    assert config.model.initialization == DeepNorm()
     assert config.optimizer == t.AdamW(b1=0.9, b2=0.95, weight_decay=0.1)
     # M2 and other models are trained by the same one.
     assert recipe("minimax-01", preset="minimax-m2").steps == config.steps

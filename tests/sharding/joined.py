@@ -20,6 +20,7 @@ def agree() -> None:
     largest.hand_in(3 + me)
     print(processes.from_first(lambda: f"made by {me}"), largest.result(), processes.is_first())
     processes.all_pass(lambda: None)
+    assert processes.gather(f"of {me}") == ["of 0", "of 1"]
 
     def check():
         if me == 1:

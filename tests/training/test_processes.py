@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import observe
+from hybrid_jax.checkpoint import manifest
 from hybrid_jax.config import text
 from hybrid_jax.config import training as t
 from hybrid_jax.config.parallel import Parallel
@@ -211,3 +212,14 @@ def test_a_process_reads_the_rows_of_its_devices_and_no_others(tmp_path):
     # tensor across the processes both hold everything.
     assert together.lines(tmp_path, 0) == ["0123", "01234567", "01234567"]
     assert together.lines(tmp_path, 1) == ["4567", "01234567", "01234567"]
+
+
+def test_two_processes_share_the_files_and_what_they_find(tmp_path):
+    started = together.start(2, 2, ["-m", "tests.training.sharing", tmp_path / "c"], tmp_path)
+    codes = together.wait(started, 240)
+    said = [together.lines(tmp_path, process) for process in (0, 1)]
+    assert codes == [0, 0], said
+    # The newest; and the one before it, when one of the two has found a bit that flipped.
+    assert said[0][1:] == said[1][1:] == ["{'batches': 2}", "{'batches': 1}"]
+    assert said[0][0] == "['1', '2']"
+    manifest.verify(tmp_path / "c" / "1")

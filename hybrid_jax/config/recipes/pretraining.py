@@ -4,7 +4,7 @@ import dataclasses
 
 from hybrid_jax.config import training as t
 from hybrid_jax.config.data import Data, Source
-from hybrid_jax.config.model import ModelConfig
+from hybrid_jax.config.model import DeepNorm, ModelConfig
 from hybrid_jax.config.recipes.budget import Amounts, Budget
 from hybrid_jax.config.recipes.models import with_rope
 
@@ -20,7 +20,7 @@ def minimax_01(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) 
 
     AdamW 0.9/0.95, decay 0.1; sequence 8192; batch 16M tokens, doubled at 69B, 790B and 4.7T;
     500 steps of warm-up to 2e-4, constant for 7.2T tokens, 1.3e-4 for 3.2T, exponential to 3e-5 in
-    the last 1T; balance loss 0.01; rotary base 10,000.
+    the last 1T; balance loss 0.01; rotary base 10,000; Xavier with DeepNorm's gains.
     """
     amounts = budget.scale(Amounts(_LENGTH, _FIRST_BATCH, _TOKENS))
     ramp = tuple(
@@ -31,7 +31,7 @@ def minimax_01(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) 
         for doublings, seen in enumerate(_DOUBLINGS, start=1)
     )
     config = t.TrainConfig(
-        model=with_rope(model, 1e4, amounts.length),
+        model=dataclasses.replace(with_rope(model, 1e4, amounts.length), initialization=DeepNorm()),
         data=Data(sources=sources, sequence_length=amounts.length),
         steps=1,
         batch_size=amounts.rows,
