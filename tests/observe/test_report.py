@@ -112,6 +112,16 @@ def test_one_run_has_no_differences_and_says_that_nothing_happened(tmp_path, cap
     assert "None: no update was skipped" in words and "Differences" not in words
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([1.1, 1.9], {"1.2", "1.8"}), ([0.5, 30.0], {"1", "10"}), ([0.0, 5.0], {"2"})],
+)
+def test_an_axis_has_numbers_whatever_the_values(values, ticks):
+    line = figures.Line(([1, 2], values), "a", "#000000")
+    svg = figures.draw("norm", [line], ylabel="norm", is_logarithmic=True)
+    assert ticks <= set(Page(svg).text)
+
+
 def test_long_runs_are_thinned_without_losing_their_mean():
     steps, values = list(range(1, 10_002)), [float(s % 10) for s in range(10_001)]
     thin_steps, thin = figures.thinned((steps, values))

@@ -60,6 +60,7 @@ def draw(
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
     with matplotlib.rc_context(settings):
@@ -72,8 +73,11 @@ def draw(
             axes.plot(marks, [0.015] * len(marks), "|", color="#b00020", markersize=9,
                       transform=axes.get_xaxis_transform(), label="update skipped")  # fmt: skip
         axes.set(xlabel="step", ylabel=ylabel)
-        if is_logarithmic and all(value > 0 for line in lines for value in line.curve[1]):
+        values = [value for line in lines for value in line.curve[1]]
+        # Within a power of ten a logarithmic axis would have hardly a number on it.
+        if is_logarithmic and min(values) > 0 and max(values) >= 10 * min(values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
         axes.grid(alpha=0.25)
