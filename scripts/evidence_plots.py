@@ -89,3 +89,25 @@ def _smooth(values: list[float]) -> list[float]:
         sum(values[max(0, i - 24) : i + 1]) / len(values[max(0, i - 24) : i + 1])
         for i in range(len(values))
     ]
+
+
+def draw_maps(maps: dict[str, list[dict]], file: pathlib.Path) -> None:
+    """Write the maps of needles beside one another: length to the right, depth downwards."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(maps), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, cells) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
+        lengths = sorted({cell["length"] for cell in cells})
+        depths = sorted({cell["depth"] for cell in cells})
+        found = {(cell["depth"], cell["length"]): cell["exact"] for cell in cells}
+        shares = [[found[depth, length] for length in lengths] for depth in depths]
+        axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for y, line in enumerate(shares):
+            for x, share in enumerate(line):
+                axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+        axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+        axes.set(xlabel="length (tokens)", ylabel="depth", title=name)
+    figure.savefig(file, dpi=130, format="png")
