@@ -65,6 +65,8 @@ def _read(path: pathlib.Path, name: str, report):
         config=_config(files.config, warn),
         starts=environment.read(files.environment, warn),
         layers=_lightning_layers(files),
+        sources=tuple(source.label for source in _sources(files)),
+        lengths=_lengths(files),
     )
 
 
@@ -86,6 +88,27 @@ def _leaves(tree, path: str):
             yield from _leaves(value, f"{path}[{idx}]")
     else:
         yield path, repr(tree)
+
+
+def _sources(files):
+    try:
+        return files.read_config().data.sources
+    except (ValueError, OSError):
+        return ()
+
+
+def _lengths(files) -> dict[str, dict]:
+    """By source, where its data is still there."""
+    from hybrid_jax.data import corpus, read_summary
+
+    found = {}
+    for number, source in enumerate(_sources(files)):
+        try:
+            summary = read_summary(corpus.place_of_source(source, files.tokens, number))
+            found[source.label] = summary["lengths"]
+        except (ValueError, KeyError):
+            continue
+    return found
 
 
 def _lightning_layers(files) -> tuple[int, ...]:

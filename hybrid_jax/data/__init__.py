@@ -2,7 +2,7 @@
 
 from hybrid_jax.data.batch import Batch
 from hybrid_jax.data.corpus import Part
-from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset
+from hybrid_jax.data.dataset import Dataset, is_dataset, open_dataset, read_summary
 from hybrid_jax.data.encoding import Encoded
 from hybrid_jax.data.pipeline import Batches, evaluation_batches
 from hybrid_jax.data.preparation import prepare, store_tokens
@@ -26,6 +26,7 @@ __all__ = [
     "is_heldout",
     "open_dataset",
     "prepare",
+    "read_summary",
     "store_tokens",
     "train_tokenizer",
     "unigram_entropy",

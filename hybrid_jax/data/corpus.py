@@ -60,7 +60,7 @@ def make(config: Data, directory: pathlib.Path, vocab_size: int, tokenizer_file,
 def load(config: Data, directory: pathlib.Path, *, verify: bool = False) -> tuple[Part, ...]:
     """What `make` made. Raises ValueError if it is missing or damaged, or nothing is left of it."""
     return tuple(
-        _part(source, place_of(directory, number), verify)
+        _part(source, place_of_source(source, directory, number), verify)
         for number, source in enumerate(config.sources)
     )
 
@@ -70,8 +70,13 @@ def place_of(directory: pathlib.Path, number: int) -> pathlib.Path:
     return directory / f"{number:02}"
 
 
+def place_of_source(source: Source, directory: pathlib.Path, number: int) -> pathlib.Path:
+    """Where the tokens of a source are."""
+    return pathlib.Path(source.path) if is_dataset(source.path) else place_of(directory, number)
+
+
 def _part(source: Source, place: pathlib.Path, verify: bool) -> Part:
-    dataset = open_dataset(source.path if is_dataset(source.path) else place)
+    dataset = open_dataset(place)
     if verify and dataset.num_bytes <= _VERIFIED_BYTES:
         try:
             dataset.verify()

@@ -44,6 +44,18 @@ def is_dataset(path) -> bool:
     return (pathlib.Path(path).expanduser() / "plan.json").is_file()
 
 
+def read_summary(path) -> dict:
+    """dataset.json of a prepared source. Raises ValueError if it is not there or cannot be read."""
+    try:
+        summary = json.loads((pathlib.Path(path) / "dataset.json").read_text(encoding="utf-8"))
+        version = summary["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"dataset.json cannot be read: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"format {version}, but this version reads {FORMAT}")
+    return summary
+
+
 def open_dataset(path) -> Dataset:
     """Open a prepared source. Raises ValueError if it is unfinished or damaged."""
     path = pathlib.Path(path).expanduser()
@@ -56,9 +68,7 @@ def open_dataset(path) -> Dataset:
     if not (path / "dataset.json").is_file():
         raise ValueError(f"{path} is not finished. {again}")
     try:
-        summary = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        if summary["version"] != FORMAT:
-            raise ValueError(f"format {summary['version']}, but this version reads {FORMAT}")
+        summary = read_summary(path)
         place = path / "shards"
         opened = [shards.load(place, number) for number in range(summary["shards"])]
         kept = np.load(path / "kept.npy", allow_pickle=False)

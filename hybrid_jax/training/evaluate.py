@@ -26,6 +26,7 @@ class Heldout:
             for part in parts
             if part.heldout is not None
         }
+        self._labels = [part.source.label for part in parts]
         self.feed = Feed(placement, config.rows_per_round, length)
         """Of batches of held-out rows."""
 
@@ -52,20 +53,21 @@ class Heldout:
     ) -> dict:
         """`heldout_loss`: mean nats a token over all rows, or `limit` batches of them.
 
-        Of several sources also `heldout_loss_by_source`, by name.
+        Of several sources also `heldout_loss_by_source`, in their order; None where nothing is held
+        out.
         """
         if limit is not None:
             limit = max(1, limit // len(self._windows))
-        sums = [
-            _sums(evaluation_step, params, windows, self.feed, limit, after_batch)
-            for windows in self._windows.values()
-        ]
-        nll, weight = np.sum(sums, axis=0)
+        sums = {
+            label: _sums(evaluation_step, params, windows, self.feed, limit, after_batch)
+            for label, windows in self._windows.items()
+        }
+        nll, weight = np.sum(list(sums.values()), axis=0)
         record: dict = {"heldout_loss": float(nll / weight)}
-        if len(sums) > 1:
-            record["heldout_loss_by_source"] = {
-                label: own / share for label, (own, share) in zip(self._windows, sums, strict=True)
-            }
+        if len(self._labels) > 1:
+            record["heldout_loss_by_source"] = [
+                sums[label][0] / sums[label][1] if label in sums else None for label in self._labels
+            ]
         return record
 
 

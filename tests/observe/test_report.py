@@ -7,7 +7,7 @@ import re
 import pytest
 
 from hybrid_jax import cli
-from hybrid_jax.observe.report import figures, recorded
+from hybrid_jax.observe.report import figures, panels, recorded
 
 HOSTILE = '<i>&amp; $x$ "it\'s"'
 
@@ -163,3 +163,19 @@ def test_a_run_without_a_readable_configuration_is_drawn_and_the_gap_is_said(tmp
     assert cli.main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     assert "configuration of" in capsys.readouterr().err
     assert "not known" in (tmp_path / "report.html").read_text()
+
+
+def test_elements_have_the_names_of_their_sources_and_positions_and_documents_their_lengths():
+    lengths = {"edges": [1, 2, 4, 8], "documents": [0, 3, 1], "tokens": [0, 9, 7]}
+    records = [
+        record(step, loss_by_source=[2.0, 3.0], heldout_loss_by_source=[2.5, None])
+        for step in (1, 2)
+    ]
+    run = recorded.Recorded(
+        "run", records, {}, [], sources=("web", "code"), lengths={"web": lengths}
+    )
+    drawn = dict(panels.draw([run]))
+    assert ">web<" in drawn["Loss by source"] and ">code<" in drawn["Loss by source"]
+    assert ">0-127<" in drawn["Loss by position"] and ">128-255<" in drawn["Loss by position"]
+    assert "code" not in drawn["Held-out loss by source"]
+    assert "tokens in a document" in drawn["Document lengths"]

@@ -60,7 +60,7 @@ def draw(
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
     with matplotlib.rc_context(settings):
@@ -73,6 +73,7 @@ def draw(
             axes.plot(marks, [0.015] * len(marks), "|", color="#b00020", markersize=9,
                       transform=axes.get_xaxis_transform(), label="update skipped")  # fmt: skip
         axes.set(xlabel="step", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         values = [value for line in lines for value in line.curve[1]]
         # Within a power of ten a logarithmic axis would have hardly a number on it.
         if is_logarithmic and min(values) > 0 and max(values) >= 10 * min(values):
@@ -80,6 +81,31 @@ def draw(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _legend(figure, axes)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(written.getvalue())
+
+
+def draw_lengths(lines: list[Line]) -> str:
+    """Shares of all tokens (%) by the length of their document, which doubles from step to step."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "lengths", "text.parse_math": False}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for line in lines:
+            style: Any = {"color": line.colour, "linestyle": line.dashes, "linewidth": 1.4}
+            axes.step(*line.curve, where="post", label=line.label, **style)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        axes.set(xlabel="tokens in a document", ylabel="share of all tokens (%)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         _legend(figure, axes)

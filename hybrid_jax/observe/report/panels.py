@@ -35,6 +35,7 @@ PANELS = (
 )
 LISTS = (
     Panel("Loss by source", "loss_by_source", "loss (nats per token)"),
+    Panel("Held-out loss by source", "heldout_loss_by_source", "loss (nats per token)"),
     Panel("Loss by position", "loss_by_position", "loss (nats per token)"),
     Panel("Memories of lightning layers", "state_norms", "root mean square"),
 )
@@ -74,7 +75,7 @@ def draw(runs: list[Recorded]) -> list[tuple[str, str]]:
         drawn += _figure(panel, lines)
     for panel in (*LISTS, *other_lists):
         drawn += _figure(panel, _list_lines(panel, runs))
-    return drawn
+    return drawn + _lengths(runs)
 
 
 def _figure(panel: Panel, lines: list[Line]) -> list[tuple[str, str]]:
@@ -115,7 +116,28 @@ def _list_lines(panel: Panel, runs: list[Recorded]) -> list[Line]:
     return lines
 
 
+def _lengths(runs: list[Recorded]) -> list[tuple[str, str]]:
+    """How long the documents are, where that is known."""
+    lines = []
+    for number, run in enumerate(runs):
+        of = f"{run.name}, " if len(runs) > 1 else ""
+        for idx, (source, lengths) in enumerate(run.lengths.items()):
+            total = sum(lengths["tokens"]) or 1
+            shares = [100 * tokens / total for tokens in lengths["tokens"]]
+            colour = figures.colour_of(number if len(runs) > 1 else idx)
+            dashes = ("-", "--", ":", "-.")[idx % 4 if len(runs) > 1 else 0]
+            line = Line((lengths["edges"][:-1], shares), of + source, colour, dashes=dashes)
+            lines.append(line)
+    return [("Document lengths", figures.draw_lengths(lines))] if lines else []
+
+
 def _element(panel: Panel, run: Recorded, idx: int) -> str:
+    if panel.name.endswith("_by_source") and idx < len(run.sources):
+        return run.sources[idx]
+    if panel.name.endswith("_by_position"):
+        # As `training.breakdown` cuts them: to 128 tokens, then each twice as long.
+        first = 0 if idx == 0 else 64 << idx
+        return f"{first:,}-{(128 << idx) - 1:,}"
     if panel.name == "state_norms" and idx < len(run.layers):
         return f"layer {run.layers[idx]}"
     return str(idx)

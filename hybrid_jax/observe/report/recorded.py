@@ -19,6 +19,10 @@ class Recorded:
     """Those of environment.json: {"step": int, "environment": {name: text}}; [] if not known."""
     layers: tuple[int, ...] = ()
     """Numbers of the lightning layers; () if they are not known."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of data; () if they are not known."""
+    lengths: dict[str, dict] = dataclasses.field(default_factory=dict)
+    """By source: `lengths` of its dataset.json, where that is known."""
 
 
 Curve = tuple[list[int], list[float]]
