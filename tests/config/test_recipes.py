@@ -51,6 +51,7 @@ def test_stages_mix_documents_by_length(name, length, theta, shares):
     config = recipe(name, sources=(*DATA, Source(path="questions", name="long-qa")))
     assert config.data.sequence_length == length <= config.model.max_positions
     assert thetas(config) == {theta}
+    assert config.faults.spikes.rewind_after
     *buckets, questions = config.data.sources
     for progress in (0.5, 0.9):
         weights = {source.label: source.weight_at(progress) for source in buckets}

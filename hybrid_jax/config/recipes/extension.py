@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hybrid_jax.config import training as t
 from hybrid_jax.config.data import Data, Source, Weight
+from hybrid_jax.config.faults import Faults, Spikes
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.config.recipes.budget import Amounts, Budget
 from hybrid_jax.config.recipes.models import with_rope
@@ -76,6 +77,8 @@ def stage(which: Stage, family: str, number: int) -> Recipe:
             # The rate that pre-training ended with; the report gives none for the stages.
             schedule=t.Schedule(peak=3e-5, decay=t.Constant()),
             loss=t.Loss(balance=t.ReportBalance(coefficient=0.01)),
+            # M1's gradients exploded where contexts grew fast (M1 report, section 2.1).
+            faults=Faults(spikes=Spikes(rewind_after=5)),
         )
         return with_steps(config, amounts.tokens, warmup_steps=100)
 
