@@ -1,7 +1,7 @@
 """A tiny context extension through the three stages of MiniMax-Text-01, and what it is good for.
 
-The hybrid of scripts/evidence.py learns to find needles in 128 tokens, and is then taken through
-the recipes text-01-128k, text-01-512k and text-01-1m, each at 1/512 of its length: rows of 256,
+The hybrid of scripts/evidence.py learns to recall within 128 tokens, and is then taken through the
+recipes text-01-128k, text-01-512k and text-01-1m, each at 1/512 of its length: rows of 256,
 1,024 and 2,048 tokens, each stage with its rotary base and its mixture of short, medium and long
 documents. Maps of needles are drawn before and after each stage. What is finished is not run again.
 """
@@ -31,7 +31,7 @@ STAGES = (("text-01-128k", 256), ("text-01-512k", 1024), ("text-01-1m", 2048))
 BASE_LENGTH = 128
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 # Documents of the stages, in tokens: some in each of their buckets (below 64, to 256, above).
-DOCUMENTS = ((24, 63, 4000), (64, 256, 3000), (257, 2048, 800))
+DOCUMENTS = ((24, 63, 4000), (64, 256, 3000), (257, 2048, 2400))
 DATA_SEED = 7
 
 
@@ -43,7 +43,7 @@ class Args:
     """Directory for the runs, summary.json and the picture."""
     base_steps: int = 1200
     """Updates of the base model, of 4,096 tokens."""
-    stage_tokens: float = 1.2e6
+    stage_tokens: float = 5e6
     """Tokens of each stage."""
     learning_rate: float = 2e-3
     """Of the stages; the recipe's 3e-5 is for a model of 456B parameters."""
@@ -52,17 +52,35 @@ class Args:
 
 
 def documents(shortest: int, longest: int, count: int, first: int) -> Iterator[data.Encoded]:
-    """Needles in filler, asked for at the end; only their values are learned there."""
-    rng = np.random.default_rng([DATA_SEED, shortest, first])
+    """Documents of `shortest` to `longest` tokens, numbered from `first`."""
     for row in range(first, first + count):
+        rng = np.random.default_rng([DATA_SEED, row])
         length = int(rng.integers(shortest, longest + 1))
-        hidden = int(rng.integers(1, max(2, min(16, length // 8))))
-        depths = (tuple(rng.random(hidden)),)
-        made = needles(DATA_SEED, depths, length - 1, evidence.VOCAB, first_row=row)
-        # The last answer is no input of a row, but the last token of a document.
-        ids = np.append(made.tokens_BT[0], made.targets_BT[0, -1]).astype(np.uint32)
-        learned = np.append(False, made.weights_BT[0] > 0)
-        yield data.Encoded(f"{shortest}-{row}", str(row), ids, learned)
+        make = _recall if length <= BASE_LENGTH else _needles
+        ids, learned = make(rng, length, row)
+        yield data.Encoded(str(row), str(row), ids.astype(np.uint32), learned)
+
+
+def _recall(rng, length: int, row: int):
+    """Pairs of a key and its value, then keys again and their values, which are learned."""
+    pairs = int(rng.integers(4, min(32, length // 4) + 1))
+    keys = 1 + rng.permutation(evidence.VOCAB // 2 - 1)[:pairs]
+    values = evidence.VOCAB // 2 + rng.permutation(evidence.VOCAB // 2)[:pairs]
+    asked_for = rng.integers(pairs, size=(length - 2 * pairs) // 2)
+    which = np.concatenate([np.arange(pairs), asked_for])
+    ids = np.stack([keys[which], values[which]], axis=1).reshape(-1)
+    place = np.arange(len(ids))
+    return ids, (place >= 2 * pairs) & (place % 2 == 1)
+
+
+def _needles(rng, length: int, row: int):
+    """Needles in filler, asked for at the end, where their values are learned."""
+    hidden = int(rng.integers(4, 17))
+    depths = (tuple(rng.random(hidden)),)
+    made = needles(DATA_SEED, depths, length - 1, evidence.VOCAB, first_row=row)
+    # The last answer is no input of a row, but the last token of a document.
+    ids = np.append(made.tokens_BT[0], made.targets_BT[0, -1])
+    return ids, np.append(False, made.weights_BT[0] > 0)
 
 
 def prepare(out: pathlib.Path) -> tuple[Source, Source]:
