@@ -138,7 +138,8 @@ class Trainer:
             step, position = int(state.step), self._supply.position
             self._recall(step)
             self._progress.start(step, config.steps)
-            self._progress.note("Compiling the update; the first step takes longer ...")
+            if step < config.steps:
+                self._progress.note("Compiling the update; the first step takes longer ...")
             saver, watchdog, profile, recorder = self._around(checkpoints, step, held)
             ahead = self._next(step)
             while ahead is not None and stop.name is None:
