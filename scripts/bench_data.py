@@ -9,7 +9,6 @@ docs/benchmarks/data.md:
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -75,7 +74,6 @@ def measure(source: Source, folder: pathlib.Path, steps: int) -> dict[str, float
 
 def _beside_training(recipe, made: data.Dataset, steps: int) -> dict[str, float]:
     """The pipeline's rate beside the model's, in turn."""
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data))
     length, size = recipe.data.sequence_length, recipe.batch_size
     windows = data.WindowIndex(made.training, length, recipe.seed)
     batches = data.Batches(

@@ -139,9 +139,11 @@ class Data:
     packing: Packing = Concatenate()
     """How documents share rows, as segments that never see one another."""
     heldout_fraction: float = 0.05
-    """Share of the documents kept for evaluation, chosen by a hash of their name."""
+    """Share of the documents kept for evaluation, chosen by a hash of their name. Of prepared
+    sources the share is their own."""
     deduplicate: bool = False
-    """Leave out documents whose text was there before in the same source."""
+    """Leave out documents whose text was there before in the same source; prepared ones as they
+    were made."""
 
     def __post_init__(self):
         if not self.sources:

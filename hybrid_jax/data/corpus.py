@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from hybrid_jax.config.data import Data, Source
 from hybrid_jax.config.text import near_names
 from hybrid_jax.data import chat, encoding, sources
@@ -196,8 +194,3 @@ def check_vocabulary(parts: tuple[Part, ...], vocab_size: int) -> None:
     """Raise ValueError if an id of any part does not fit the model."""
     for part in parts:
         part.training.check_vocabulary(vocab_size, part.source.label)
-
-
-def lengths(parts: tuple[Part, ...]) -> np.ndarray:
-    """Tokens of each document that is learned from, over all sources."""
-    return np.concatenate([part.training.lengths for part in parts])

@@ -2,7 +2,6 @@
 
 import collections.abc
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import grain
 
@@ -10,12 +9,6 @@ from hybrid_jax.config.data import Source
 from hybrid_jax.data import batch as batch_lib
 from hybrid_jax.data.mixture import Mixture
 from hybrid_jax.data.windows import WindowIndex
-
-
-class BatchSize(Protocol):
-    """How many rows the global batch of a step has."""
-
-    def __call__(self, step: int) -> int: ...
 
 
 class Batches(collections.abc.Iterator):
@@ -33,13 +26,16 @@ class Batches(collections.abc.Iterator):
         self,
         windows: Sequence[WindowIndex],
         sources: Sequence[Source],
-        batch_size: BatchSize,
+        batch_size: Callable[[int], int],
         *,
         seed: int,
         steps: int,
         rows: Callable[[int], Sequence[int]] = range,
     ):
-        """`rows(size)` are those to read of a global batch of `size` rows; `steps` make a run."""
+        """`batch_size(step)` counts the rows of a global batch; `steps` make a run.
+
+        `rows(size)` are those to read of a batch of `size` rows.
+        """
         self._mixture = Mixture(sources, [len(each) for each in windows])
         self._windows = [_endless(each, seed + idx) for idx, each in enumerate(windows)]
         self._batch_size = batch_size

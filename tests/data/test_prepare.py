@@ -47,7 +47,10 @@ def test_documents_come_back_in_order_and_bad_ones_are_counted(source, tokenizer
     wanted = ["a text of its own", *TEXTS]
     found = training + heldout
     assert sorted(found) == sorted([*tokenizer.encode(text), tokenizer.end_id] for text in wanted)
-    assert training == [ids for ids in map(list, training)] and 0 < len(heldout) < 20
+    assert 0 < len(heldout) < 20
+    # In the order of the source: what is held out is missing, nothing has moved.
+    in_order = iter([*tokenizer.encode(text), tokenizer.end_id] for text in wanted)
+    assert all(ids in in_order for ids in training)
     assert made.summary["skipped"] == {"broken JSON": 1}
     (named,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(named)[1] == "broken JSON"

@@ -46,9 +46,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_trains(name, source, tmp_path):
     config = recipes.get(name, MODEL, (source,), BUDGET)
-    config = dataclasses.replace(
-        config, steps=min(config.steps, 5), data=dataclasses.replace(config.data)
-    )
+    config = dataclasses.replace(config, steps=min(config.steps, 5))
     outcome = small.train(config, tmp_path / "run", stream=io.StringIO())
     assert outcome.step == config.steps >= 2
     records = observe.read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -47,8 +47,3 @@ class Amounts:
     def rows(self) -> int:
         """Rows of the first batch."""
         return max(1, round(self.batch_tokens / self.length))
-
-    @property
-    def steps(self) -> int:
-        """Updates without growth of the batch."""
-        return max(1, round(self.tokens / (self.rows * self.length)))

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hybrid_jax.config import training as t
-from hybrid_jax.config.data import Data, Source, Weight
+from hybrid_jax.config.data import Source, Weight
 from hybrid_jax.config.faults import Faults, Spikes
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.config.recipes.budget import Amounts, Budget
 from hybrid_jax.config.recipes.models import with_rope
-from hybrid_jax.config.recipes.pretraining import with_steps
+from hybrid_jax.config.recipes.pretraining import sized
 
 _K = 1 << 10
 # Short is below 32K tokens, medium to 128K, long above (MiniMax-01 report, section 4.3).
@@ -65,22 +65,18 @@ def stage(which: Stage, family: str, number: int) -> Recipe:
     def recipe(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) -> t.TrainConfig:
         # A batch of 32M tokens: ours; a row of a million tokens leaves 32 rows.
         amounts = budget.scale(Amounts(which.length, 32 << 20, which.tokens))
-        config = t.TrainConfig(
-            model=with_rope(model, which.theta, amounts.length),
-            data=Data(
-                sources=_buckets(sources, which, amounts.length_ratio),
-                sequence_length=amounts.length,
-            ),
-            steps=amounts.steps,
-            batch_size=amounts.rows,
-            accumulate=budget.accumulate,
+        return sized(
+            with_rope(model, which.theta, amounts.length),
+            _buckets(sources, which, amounts.length_ratio),
+            amounts,
+            budget,
+            warmup_steps=100,
             # The rate that pre-training ended with; the report gives none for the stages.
             schedule=t.Schedule(peak=3e-5, decay=t.Constant()),
             loss=t.Loss(balance=t.ReportBalance(coefficient=0.01)),
             # M1's gradients exploded where contexts grew fast (M1 report, section 2.1).
             faults=Faults(spikes=Spikes(rewind_after=5)),
         )
-        return with_steps(config, amounts.tokens, warmup_steps=100)
 
     recipe.__doc__ = (
         f"{family}, stage {number}: {which.length // _K}K tokens, rotary base {which.theta:g}, "

@@ -30,12 +30,12 @@ def minimax_01(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) 
         )
         for doublings, seen in enumerate(_DOUBLINGS, start=1)
     )
-    config = t.TrainConfig(
-        model=dataclasses.replace(with_rope(model, 1e4, amounts.length), initialization=DeepNorm()),
-        data=Data(sources=sources, sequence_length=amounts.length),
-        steps=1,
-        batch_size=amounts.rows,
-        accumulate=budget.accumulate,
+    return sized(
+        dataclasses.replace(with_rope(model, 1e4, amounts.length), initialization=DeepNorm()),
+        sources,
+        amounts,
+        budget,
+        warmup_steps=500,
         batch_ramp=ramp,
         schedule=t.Schedule(
             peak=2e-4,
@@ -50,7 +50,6 @@ def minimax_01(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) 
         optimizer=t.AdamW(b1=0.9, b2=0.95, weight_decay=0.1),
         loss=t.Loss(balance=t.ReportBalance(coefficient=0.01)),
     )
-    return with_steps(config, amounts.tokens, warmup_steps=500)
 
 
 def m1_continued(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) -> t.TrainConfig:
@@ -61,12 +60,12 @@ def m1_continued(model: ModelConfig, sources: tuple[Source, ...], budget: Budget
     exponential shape of the fall.
     """
     amounts = budget.scale(Amounts(_LENGTH, 128 << 20, 7.5e12))
-    config = t.TrainConfig(
-        model=with_rope(model, 1e7, amounts.length),
-        data=Data(sources=sources, sequence_length=amounts.length),
-        steps=amounts.steps,
-        batch_size=amounts.rows,
-        accumulate=budget.accumulate,
+    return sized(
+        with_rope(model, 1e7, amounts.length),
+        sources,
+        amounts,
+        budget,
+        warmup_steps=0,
         schedule=t.Schedule(
             peak=8e-5,
             decay=t.Phases(
@@ -78,7 +77,6 @@ def m1_continued(model: ModelConfig, sources: tuple[Source, ...], budget: Budget
         ),
         loss=t.Loss(balance=t.ReportBalance(coefficient=0.001)),
     )
-    return with_steps(config, amounts.tokens, warmup_steps=0)
 
 
 def scaling_study(model: ModelConfig, sources: tuple[Source, ...], budget: Budget) -> t.TrainConfig:
@@ -88,16 +86,36 @@ def scaling_study(model: ModelConfig, sources: tuple[Source, ...], budget: Budge
     For presets such as study-410m, study-410m-softmax and study-410m-lightning.
     """
     amounts = budget.scale(Amounts(_LENGTH, 4 << 20, 300e9))
-    config = t.TrainConfig(
-        model=with_rope(model, 1e4, amounts.length),
-        data=Data(sources=sources, sequence_length=amounts.length),
-        steps=amounts.steps,
-        batch_size=amounts.rows,
-        accumulate=budget.accumulate,
+    return sized(
+        with_rope(model, 1e4, amounts.length),
+        sources,
+        amounts,
+        budget,
+        warmup_steps=500,
         schedule=t.Schedule(peak=3e-4, decay=t.Constant()),
         optimizer=t.AdamW(b1=0.9, b2=0.95, weight_decay=0.1),
     )
-    return with_steps(config, amounts.tokens, warmup_steps=500)
+
+
+def sized(
+    model: ModelConfig,
+    sources: tuple[Source, ...],
+    amounts: Amounts,
+    budget: Budget,
+    *,
+    warmup_steps: int,
+    **changes,
+) -> t.TrainConfig:
+    """A run of these amounts; `changes` are fields of TrainConfig."""
+    config = t.TrainConfig(
+        model=model,
+        data=Data(sources=sources, sequence_length=amounts.length),
+        steps=0,
+        batch_size=amounts.rows,
+        accumulate=budget.accumulate,
+        **changes,
+    )
+    return with_steps(config, amounts.tokens, warmup_steps)
 
 
 def with_steps(config: t.TrainConfig, tokens: float, warmup_steps: int) -> t.TrainConfig:
