@@ -23,7 +23,8 @@ say "Lint, types and import contracts"
 "$venv/bin/mypy"
 "$venv/bin/lint-imports" --no-logo
 say "Tests"
-"$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --durations 15 "$@"
+"$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --no-loadscope-reorder \
+  --durations 15 "$@"
 if [ "${AOT:-}" = aot ]; then
   install_compilers "$venv"
   say "Tests that compile for TPUs and NVIDIA GPUs that are not here"

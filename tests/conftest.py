@@ -18,6 +18,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 TORCH_TESTS = "tests that compare with PyTorch"
+# A minute or more each: begun last, one of them would keep one worker busy alone.
+LONG_MODULES = (
+    "tests/training/test_processes.py",
+    "tests/training/test_mesh.py",
+    "tests/training/test_sharded.py",
+    "tests/training/test_recipes.py",
+    "tests/training/test_resume.py",
+    "tests/inference/test_mesh.py",
+)
 
 
 @pytest.fixture
@@ -26,6 +35,11 @@ def key():
     import jax
 
     return jax.random.key(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules first (scripts/test.sh keeps xdist from sorting them again)."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_MODULES))
 
 
 def pytest_runtest_setup(item):
