@@ -49,11 +49,29 @@ def generate(
     capacity = -(-(width + max_new_tokens) // _ROUND) * _ROUND
     state = model.initial_state(B, capacity, placement)
     logits_BW, state = steps.prefill(model, tokens_BT, lengths_B, state, placement=placement)
+    out_BT, _ = decode(
+        model, logits_BW, state, sampling, max_new_tokens, jax.random.key(seed), eos_id, placement
+    )
+    return out_BT
+
+
+def decode(
+    model: Model,
+    logits_BW,
+    state,
+    sampling: sampling_lib.Sampling,
+    max_new_tokens: int,
+    key,
+    eos_id: int | None = None,
+    placement: Placement | None = None,
+):
+    """(new tokens int32 [B, max_new_tokens], state) after a `prefill`; `state` is given up.
+
+    `state` must have room for them. The last token is drawn and not yet fed.
+    """
     loop = _decode_loop(model.config, placement, sampling, max_new_tokens)
     _, params = nnx.split(model)
-    end = jnp.int32(-1 if eos_id is None else eos_id)
-    out_BT, _ = loop(params, logits_BW, state, jax.random.key(seed), end)
-    return out_BT
+    return loop(params, logits_BW, state, key, jnp.int32(-1 if eos_id is None else eos_id))
 
 
 @functools.lru_cache
@@ -67,7 +85,7 @@ def _decode_loop(config, placement, sampling, max_new_tokens):
     return jax.jit(run, donate_argnames="state")
 
 
-def _run_loop(decode, sampling, max_new_tokens, params, logits_BW, state, key, eos_id):
+def _run_loop(decode_step, sampling, max_new_tokens, params, logits_BW, state, key, eos_id):
     B = logits_BW.shape[0]
 
     def key_of(step):
@@ -75,7 +93,7 @@ def _run_loop(decode, sampling, max_new_tokens, params, logits_BW, state, key, e
 
     def body(carry):
         step, token_B, ended_B, out_BT, state = carry
-        token_B, state = decode(params, token_B, state, key_of(step))
+        token_B, state = decode_step(params, token_B, state, key_of(step))
         token_B = jnp.where(ended_B, eos_id, token_B)
         out_BT = jax.lax.dynamic_update_slice(out_BT, token_B[:, None], (0, step))
         return step + 1, token_B, ended_B | (token_B == eos_id), out_BT, state

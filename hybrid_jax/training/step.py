@@ -62,8 +62,9 @@ def make_train_step(
             )
             return total, metrics | breakdown.sums(part, nll_BT, num_sources)
 
-        # Of a batch that has grown, more rounds: the memory of one stays what it is.
-        rounds = batch.tokens_BT.shape[0] // config.rows_per_round
+        # Of a batch that has grown, more rounds: the memory of one stays what it is. Fewer rows
+        # than a round has are one round.
+        rounds = max(1, batch.tokens_BT.shape[0] // config.rows_per_round)
         gradients, metrics = _accumulated(loss, learns, batch, rounds)
         if live is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, optimizer.split(live.params)[0])

@@ -133,6 +133,15 @@ def test_accumulation_equals_the_whole_batch():
         assert np.mean(np.abs(array - split[name]) > 1e-5) < 1e-3, name
 
 
+def test_fewer_rows_than_a_round_are_one_round():
+    config = small.small_run(batch_size=8, accumulate=1)
+    skeleton, optimizer, _ = parts()
+    step = make_train_step(config, skeleton, optimizer)
+    state = abstract_state(skeleton, optimizer)
+    _, metrics = jax.eval_shape(step, state, small.random_batch(4, 32))
+    assert metrics["tokens"].shape == ()
+
+
 def test_a_packed_row_has_the_loss_of_its_documents():
     skeleton, optimizer, evaluate = parts()
     params = initial_state(small.small_run(), skeleton, optimizer).params
