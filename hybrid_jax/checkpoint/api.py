@@ -1,16 +1,19 @@
 """A checkpoint directory as a model, and a model as a checkpoint directory."""
 
 import dataclasses
+import functools
+import pathlib
 
 import numpy as np
 
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, leaves
-from hybrid_jax.checkpoint import convert as conversion
+from hybrid_jax.checkpoint import atomic, decay_tables, digests, hf_config, leaves, manifest
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
-from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
-from hybrid_jax.checkpoint.formats.protocol import TAGS, Sink, TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
+from hybrid_jax.checkpoint.conversion import dump_json
+from hybrid_jax.checkpoint.convert import check_format
+from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
+from hybrid_jax.checkpoint.formats.protocol import TAGS, Layout, TensorInfo
+from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsLayout
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.opened import open_checkpoint
@@ -64,7 +67,7 @@ def save(
         ValueError: the format cannot hold this model; OSError: the directory cannot be written.
     """
     config, arrays = model.config, leaves.arrays(model)
-    conversion.check_format(format)
+    check_format(format)
     values: dict = {}
     if format == "orbax":
         rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})
@@ -77,20 +80,31 @@ def save(
         TensorInfo(rule.name, TAGS[np.dtype(arrays[rule.leaf].dtype)], rule.shape) for rule in rules
     ]
     infos += [info for info, _ in tables.values()]
+    makers = {rule.name: _block_of(rule, arrays) for rule in rules} | {
+        name: functools.partial(decay_tables.table, name, config, layer_idx, info.shape)
+        for name, (info, layer_idx) in tables.items()
+    }
     with atomic.new_directory(path, overwrite=overwrite) as draft:
         if sidecars is not None:
             sidecars_lib.copy(sidecars_lib.find(sidecars), draft)
-        sink: Sink
+        layout: Layout
         if format == "orbax":
             text.write_yaml(config, draft / CONFIG_YAML)
-            sink = OrbaxSink(draft, infos, vocabulary="tree")
+            layout = OrbaxLayout(infos, vocabulary="tree")
         else:
-            conversion.dump_json(draft / CONFIG_JSON, values)
-            sink = SafetensorsSink(draft, infos)
-        with conversion.filling(sink, infos) as write:
-            for rule in rules:
-                # One block at a time from the device, never a whole stack.
-                block = np.asarray(arrays[rule.leaf][rule.slices()])
-                write(rule.name, rule.from_block(block))
-            for name, (info, layer_idx) in tables.items():
-                write(name, decay_tables.table(name, config, layer_idx, info.shape))
+            dump_json(draft / CONFIG_JSON, values)
+            layout = SafetensorsLayout(infos)
+        files: dict[str, tuple[int, str]] = {}
+        described: dict[str, digests.Array] = {}
+        for unit in layout.units:
+            made = (makers[info.name]() for info in unit.infos)
+            written = layout.write(draft, unit.number, made)
+            files |= written.files
+            described |= written.arrays
+        layout.finish(draft, described)
+        manifest.write(draft, described, files, name=pathlib.Path(path).name)
+
+
+def _block_of(rule, arrays):
+    # One block at a time from the device, never a whole stack.
+    return lambda: rule.from_block(np.asarray(arrays[rule.leaf][rule.slices()]))

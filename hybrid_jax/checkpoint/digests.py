@@ -81,6 +81,12 @@ def describe(held: Mapping[str, Held]) -> dict[str, Array]:
         return dict(zip(names, found, strict=True))
 
 
+def whole(name: str, array: np.ndarray) -> Array:
+    """Of an array in host memory, as one part."""
+    held = Held(array.shape, str(array.dtype), {(0,) * array.ndim: array})
+    return _describe(name, held)
+
+
 def merge(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """What several processes described of the same arrays, as one."""
     merged = {}

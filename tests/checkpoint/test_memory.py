@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_jax.checkpoint import hf_config
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
+from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsLayout
 from hybrid_jax.checkpoint.names import minimax
 from tests.checkpoint import published
 
@@ -19,7 +19,7 @@ from tests.checkpoint import published
 MEASURE = """
 import json, pathlib, shutil, sys
 from hybrid_jax.checkpoint import convert
-from hybrid_jax.checkpoint.convert import peak_rss_bytes
+from hybrid_jax.checkpoint.workers import peak_rss_bytes
 tiny, large, out = map(pathlib.Path, sys.argv[1:4])
 def there_and_back(source, name):
     convert(source, out / f"{name}-orbax", "orbax")
@@ -50,14 +50,18 @@ def _write(path, layers: int, experts: int):
     path.mkdir()
     (path / "config.json").write_text(json.dumps(values))
     rules = minimax.rules(hf_config.describe(values, "config.json").model)
-    sink = SafetensorsSink(path, [TensorInfo(rule.name, "BF16", rule.shape) for rule in rules])
+    layout = SafetensorsLayout([TensorInfo(rule.name, "BF16", rule.shape) for rule in rules])
     draw = np.random.default_rng(0)
     pool = draw.standard_normal(3 << 21).astype(np.float32).astype(ml_dtypes.bfloat16)
-    for rule in rules:
-        size = int(np.prod(rule.shape))
+
+    def drawn(info):
+        size = int(np.prod(info.shape))
         start = int(draw.integers(pool.size - size))
-        sink.write(rule.name, pool[start : start + size].reshape(rule.shape))
-    sink.close()
+        return pool[start : start + size].reshape(info.shape)
+
+    for unit in layout.units:
+        layout.write(path, unit.number, map(drawn, unit.infos))
+    layout.finish(path, {})
     return path
 
 
