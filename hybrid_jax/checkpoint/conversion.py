@@ -27,6 +27,7 @@ class Job:
     dtype: str | None
     check_finite: bool
     shard_bytes: int
+    group_bytes: int
 
 
 class Conversion:
@@ -38,10 +39,13 @@ class Conversion:
         self.plan = plans.make(checkpoint, job.format, job.dtype)
         self.layout: protocol.Layout
         if job.format == "orbax":
-            self.layout = OrbaxLayout(self.plan.infos, vocabulary=self.plan.vocabulary)
+            self.layout = OrbaxLayout(
+                self.plan.infos, vocabulary=self.plan.vocabulary, group_bytes=job.group_bytes
+            )
         else:
             self.layout = SafetensorsLayout(self.plan.infos, shard_bytes=job.shard_bytes)
-        options = {"format": job.format, "dtype": job.dtype, "shard_bytes": job.shard_bytes}
+        # What else may be asked for changes no byte, or changes the layout.
+        options = {"format": job.format, "dtype": job.dtype}
         self.origin = origin.of(checkpoint, self.layout, options)
         self._made = self._makers()
         self._units_of = self._count_units()

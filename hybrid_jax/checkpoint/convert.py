@@ -9,6 +9,7 @@ from hybrid_jax.checkpoint import conversion as conversions
 from hybrid_jax.checkpoint import draft as drafts
 from hybrid_jax.checkpoint import plan as plans
 from hybrid_jax.checkpoint import workers as workers_lib
+from hybrid_jax.checkpoint.formats.orbax import GROUP_BYTES
 from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
@@ -44,6 +45,7 @@ def convert(
     check_finite: bool = True,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    group_bytes: int = GROUP_BYTES,
     workers: int = 1,
     process: int = 0,
     of: int = 1,
@@ -67,6 +69,7 @@ def convert(
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
+        group_bytes: Most that is held of the tensors of an Orbax group, unless one is larger.
         workers: Local processes that share the work; each needs memory for a few tensors.
         process: Which of the processes this one is that were started with the same arguments, on
             machines that see the same files; from 0.
@@ -80,7 +83,9 @@ def convert(
     start = time.perf_counter()
     _check_arguments(src, dst, format, dtype)
     _check_counts(workers, process, of)
-    job = conversions.Job(os.path.abspath(src), format, dtype, check_finite, shard_bytes)
+    job = conversions.Job(
+        os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes
+    )
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
         written, peak = 0, workers_lib.peak_rss_bytes()

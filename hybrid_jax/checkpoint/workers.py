@@ -2,7 +2,7 @@
 
 Processes and no threads: Orbax mixes up what two threads save. They are told what to do on their
 standard input, whose end means that nobody needs them any more, and say what they did on their
-standard output. `python -m hybrid_jax.checkpoint.workers` is one of them.
+standard output.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class _Worker:
         # Conversion needs no accelerator, and only one process could have it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-c", f"import sys, {__name__} as w; sys.exit(w.main())"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -183,7 +183,3 @@ def _end_with_parent() -> None:
     sys.stdin.read()
     # Another start may go on with the work at once.
     os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

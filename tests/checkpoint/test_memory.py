@@ -36,7 +36,7 @@ print(json.dumps({"base": before * mib, "to_orbax": (to_orbax - before) * mib,
 """
 
 
-def _write(path, layers: int, experts: int):
+def write(path, layers: int, experts: int):
     """A directory of experts of 4 MiB, written as it is made."""
     values = published.original_config(
         "l" * (layers - 1) + "s",
@@ -73,7 +73,7 @@ def _write(path, layers: int, experts: int):
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, layers, experts):
     config = published.original_config()
     tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))
-    large = _write(tmp_path / "large", layers, experts)
+    large = write(tmp_path / "large", layers, experts)
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-c", MEASURE, str(tiny), str(large), str(out)]
