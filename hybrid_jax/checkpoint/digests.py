@@ -88,13 +88,15 @@ def whole(name: str, array: np.ndarray) -> Array:
 
 
 def merge(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """What several processes described of the same arrays, as one."""
-    merged = {}
-    for name, array in parts[0].items():
-        shards = {shard.begin: shard for part in parts for shard in part[name].shards}
-        merged[name] = dataclasses.replace(
-            array, shards=tuple(shards[begin] for begin in sorted(shards))
-        )
+    """What several processes described of arrays that each has a part of, or some have, as one."""
+    merged: dict[str, Array] = {}
+    for array_of in parts:
+        for name, array in array_of.items():
+            known = merged.get(name, array).shards
+            shards = {shard.begin: shard for shard in (*known, *array.shards)}
+            merged[name] = dataclasses.replace(
+                array, shards=tuple(shards[begin] for begin in sorted(shards))
+            )
     return merged
 
 

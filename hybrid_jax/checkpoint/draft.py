@@ -57,10 +57,10 @@ class Draft:
                 raise Elsewhere(error["message"])
 
     def wait(self, layout: protocol.Layout, note: Callable[[str], None]) -> None:
-        """Until every unit is recorded. Raises OSError if another process ends with an error."""
+        """Until every unit is there. Raises OSError if another process ends with an error."""
         said = time.monotonic()
         left = [unit.number for unit in layout.units]
-        while left := [number for number in left if not self._record(number).is_file()]:
+        while left := [number for number in left if not self._is_there(number)]:
             self.check()
             for name, error in self._errors().items():
                 if error != self._old_errors.get(name):
@@ -248,7 +248,7 @@ def begin(
     dst = pathlib.Path(os.path.abspath(dst))
     if (of > 1 or not overwrite) and _is_done(dst, origin):
         # The last step of all may have been cut off.
-        shutil.rmtree(place(dst), ignore_errors=True)
+        Draft(dst, origin, process, of)._remove()
         yield None
         return
     atomic.check_free(dst, overwrite=overwrite)

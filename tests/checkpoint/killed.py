@@ -25,10 +25,10 @@ def begin(dst: pathlib.Path, *arguments, at: int | None = None, **options):
         answer = {}
         try:
             count = _watch(dst, at)
-            before = _io()
+            before = io()
             summary = convert(arguments[0], dst, *arguments[1:], **options)
-            io = {name: value - before[name] for name, value in _io().items()}
-            answer = {"done": count[0], "io": io, "written": summary.written}
+            passed = {name: value - before[name] for name, value in io().items()}
+            answer = {"done": count[0], "io": passed, "written": summary.written}
         except BaseException as error:
             answer = {"error": repr(error)}
         os.write(writer, json.dumps(answer).encode())
@@ -111,7 +111,7 @@ def _watch(dst: pathlib.Path, at: int | None) -> list[int]:
     return count
 
 
-def _io() -> dict[str, int]:
+def io() -> dict[str, int]:
     """Bytes that this process has read and written so far."""
     lines = pathlib.Path("/proc/self/io").read_text().splitlines()
     found = dict(line.split(": ") for line in lines)

@@ -276,6 +276,8 @@ def test_a_damaged_orbax_directory_is_refused_by_name(tmp_path):
         (good.replace('"published"', '"x"'), "`vocabulary`"),
         (good.replace('"F32"', '"F31"'), "needs dtype"),
         (good.replace('"F32"', '["F32"]'), "needs dtype"),
+        (good.replace('"digest"', '"digst"'), "has bad digests"),
+        (good.replace('"parts": [', '"parts": [], "x": ['), "has bad digests, not of all"),
         (good.replace('"group": 0', '"group": 7'), "weights/00007, which is missing"),
     ):
         assert bad != good

@@ -10,8 +10,10 @@ import threading
 import numpy as np
 import pytest
 
+from hybrid_jax import cli
 from hybrid_jax.checkpoint import convert, draft, manifest
-from tests.checkpoint import published, test_memory
+from scripts import checkpoint_bench
+from tests.checkpoint import published
 from tests.checkpoint.published import original_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +80,8 @@ def test_killed_at_random_moments_it_resumes_and_the_result_is_identical(
 
 def test_two_processes_read_and_write_about_half_each(tmp_path):
     # 80 MB, of which what a process needs to begin is little.
-    source = test_memory.write(tmp_path / "src", 2, 2)
+    source = tmp_path / "src"
+    checkpoint_bench.write(source, 80e6, 8, 2)
     tensors = published.read_directory(source)
     out = tmp_path / "out"
     out.mkdir()
@@ -269,3 +272,26 @@ def test_process_0_does_not_wait_for_one_that_ended_with_an_error(tmp_path, monk
     start(1)
     assert start(0).written == 0
     assert published.read_directory(dst) == published.stored(tensors)
+
+
+def test_the_command_is_one_of_several_as_options_or_the_environment_say(
+    tmp_path, capsys, monkeypatch
+):
+    source, tensors = _source(tmp_path)
+    dst = tmp_path / "dst"
+    command = ["convert", str(source), str(dst), "--format", "hf", "--shard-gb", "0.000004"]
+    assert cli.main([*command, "--of", "2"]) == 2
+    assert "--process and --of go together" in capsys.readouterr().err
+    assert cli.main([*command, "--process", "1", "--of", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "process 1 of 2 wrote 0.000 GB of" in said and "process 0 finishes when all" in said
+    for name, value in (
+        ("COORDINATOR_ADDRESS", "a:1"),
+        ("NUM_PROCESSES", "2"),
+        ("PROCESS_ID", "0"),
+    ):
+        monkeypatch.setenv(f"JAX_{name}", value)
+    assert cli.main(command) == 0
+    assert "process 0 of 2" in capsys.readouterr().out
+    found = published.read_directory(dst)
+    assert {name: found[name] for name in tensors} == published.stored(tensors)

@@ -1,5 +1,6 @@
 """Write safetensors files: headers from a plan, then the tensors in the order they lie in."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -63,6 +64,15 @@ class SafetensorsLayout:
         atomic.sync_names(directory)
         return protocol.Written({shard.name: (shard.size, whole.hexdigest())}, arrays)
 
+    def reserve(self, directory: pathlib.Path, number: int) -> None:
+        """Make a file of the final size with its header, for several to write the tensors."""
+        shard = self.units[number]
+        path = directory / shard.name
+        path.touch(exist_ok=False)
+        with opened(path) as fd:
+            os.truncate(fd, shard.size)
+            write_at(path, fd, memoryview(shard.header), 0)
+
     def finish(self, directory: pathlib.Path, arrays: Mapping[str, digests.Array]) -> None:
         """Write the index, if there are several files."""
         if len(self.units) == 1:
@@ -74,6 +84,17 @@ class SafetensorsLayout:
             "weight_map": {name: named[name] for name in sorted(named)},
         }
         atomic.write_text(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path):
+    """The descriptor of a file to write into, which is on the medium in the end."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        yield fd
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_at(path: pathlib.Path, fd: int, data: memoryview, place: int) -> None:
