@@ -72,6 +72,19 @@ def find(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
+def place(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which process this is, of how many, by JAX's variables or SLURM's; joins nobody.
+
+    For work that only shares files. A process that neither names is alone: (0, 1). Raises
+    ValueError for variables that are half given or make no sense.
+    """
+    if (arguments := _explicit(environment)) is not None:
+        return arguments["process_id"], arguments["num_processes"]
+    if (arguments := _slurm(environment)) is not None:
+        return _whole(environment, "SLURM_PROCID", 0), arguments["num_processes"]
+    return 0, 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0

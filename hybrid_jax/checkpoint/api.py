@@ -1,16 +1,19 @@
 """A checkpoint directory as a model, and a model as a checkpoint directory."""
 
 import dataclasses
+import functools
+import pathlib
 
 import numpy as np
 
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, leaves
-from hybrid_jax.checkpoint import convert as conversion
+from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, saving
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
-from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
-from hybrid_jax.checkpoint.formats.protocol import TAGS, Sink, TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
+from hybrid_jax.checkpoint.conversion import dump_json
+from hybrid_jax.checkpoint.convert import check_format
+from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
+from hybrid_jax.checkpoint.formats.protocol import TAGS, TensorInfo
+from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsLayout
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.opened import open_checkpoint
@@ -49,26 +52,48 @@ def save(
     *,
     sidecars=None,
     overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model to a new directory that appears whole at the end, or not at all.
 
+    With it comes the manifest of what was written. All processes of a computation call this at
+    once; each writes parts that its devices hold, about as many bytes as the others, and no leaf is
+    replicated or brought together.
+
     Args:
-        model: Any model; `hf` and `hf-original` take those that the published family can express.
+        model: Any model, however it lies on devices; `hf` and `hf-original` take those that the
+            published family can express.
         path: The directory; an existing one that is not empty is a ValueError unless `overwrite`.
         format: `hf-original` (released names and config.json), `hf` (as transformers writes it,
             with decay tables), or `orbax` (names of our own and config.yaml; takes every model).
         sidecars: A directory whose tokenizer, generation config and chat template travel along.
         overwrite: Replace what is there, once the new directory is complete.
+        shard_bytes: Largest safetensors file, unless one tensor is larger.
 
     Raises:
         ValueError: the format cannot hold this model; OSError: the directory cannot be written.
     """
+    check_format(format)
+    values, contents = _contents(model, format, shard_bytes)
+
+    def prepare(directory: pathlib.Path) -> None:
+        if sidecars is not None:
+            sidecars_lib.copy(sidecars_lib.find(sidecars), directory)
+        if format == "orbax":
+            text.write_yaml(model.config, directory / CONFIG_YAML)
+        else:
+            dump_json(directory / CONFIG_JSON, values)
+
+    saving.save(contents, path, prepare, overwrite=overwrite)
+
+
+def _contents(model: models.Model, format: str, shard_bytes: int) -> tuple[dict, saving.Contents]:
+    """(config.json, tensors and where each comes from)."""
     config, arrays = model.config, leaves.arrays(model)
-    conversion.check_format(format)
     values: dict = {}
+    tables: dict = {}
     if format == "orbax":
         rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})
-        tables = {}
     else:
         values = hf_config.write(config, format, config.dtypes.parameters)
         rules = minimax.rules(config)
@@ -77,20 +102,13 @@ def save(
         TensorInfo(rule.name, TAGS[np.dtype(arrays[rule.leaf].dtype)], rule.shape) for rule in rules
     ]
     infos += [info for info, _ in tables.values()]
-    with atomic.new_directory(path, overwrite=overwrite) as draft:
-        if sidecars is not None:
-            sidecars_lib.copy(sidecars_lib.find(sidecars), draft)
-        sink: Sink
-        if format == "orbax":
-            text.write_yaml(config, draft / CONFIG_YAML)
-            sink = OrbaxSink(draft, infos, vocabulary="tree")
-        else:
-            conversion.dump_json(draft / CONFIG_JSON, values)
-            sink = SafetensorsSink(draft, infos)
-        with conversion.filling(sink, infos) as write:
-            for rule in rules:
-                # One block at a time from the device, never a whole stack.
-                block = np.asarray(arrays[rule.leaf][rule.slices()])
-                write(rule.name, rule.from_block(block))
-            for name, (info, layer_idx) in tables.items():
-                write(name, decay_tables.table(name, config, layer_idx, info.shape))
+    layout = (
+        OrbaxLayout(infos, vocabulary="tree")
+        if format == "orbax"
+        else SafetensorsLayout(infos, shard_bytes=shard_bytes)
+    )
+    computed = {
+        name: functools.partial(decay_tables.table, name, config, layer_idx, info.shape)
+        for name, (info, layer_idx) in tables.items()
+    }
+    return values, saving.Contents(layout, {rule.name: rule for rule in rules}, arrays, computed)

@@ -18,14 +18,7 @@ def new_directory(path, *, overwrite: bool = False):
     place.
     """
     path = pathlib.Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} must be a directory or not exist; it is a file or a link.")
-    occupied = path.is_dir() and any(path.iterdir())
-    if occupied and not overwrite:
-        raise ValueError(
-            f"{path} exists and is not empty. Choose another destination, remove it, or ask to "
-            "overwrite it."
-        )
+    check_free(path, overwrite=overwrite)
     made = make(path.parent)
     draft = None
     try:
@@ -34,12 +27,23 @@ def new_directory(path, *, overwrite: bool = False):
         draft.chmod(0o777 & ~_umask())
         yield draft
         sync(draft)
-        _replace(draft, path)
+        replace(draft, path)
     except BaseException:
         if draft is not None:
-            _remove(draft)
+            remove(draft)
         unmake(made)
         raise
+
+
+def check_free(path: pathlib.Path, *, overwrite: bool = False) -> None:
+    """ValueError if a new directory cannot take this place."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} must be a directory or not exist; it is a file or a link.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(
+            f"{path} exists and is not empty. Choose another destination, remove it, or ask to "
+            "overwrite it."
+        )
 
 
 def write_text(path, text: str, drafted: Callable[[], None] = lambda: None) -> None:
@@ -59,11 +63,16 @@ def write_text(path, text: str, drafted: Callable[[], None] = lambda: None) -> N
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_names(path.parent)
+
+
+def sync_names(directory) -> None:
+    """Force what a directory lists to the medium."""
+    fd = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(fd)
     finally:
-        os.close(directory)
+        os.close(fd)
 
 
 def sync(directory) -> None:
@@ -104,8 +113,10 @@ def unmake(made: list[pathlib.Path]) -> None:
             place.rmdir()
 
 
-def _remove(draft: pathlib.Path) -> None:
-    """A writer that failed may have threads that add files, and folders for them, a moment longer.
+def remove(draft: pathlib.Path) -> None:
+    """Remove a directory and what is in it, without an error if that fails.
+
+    A writer that failed may have threads that add files, and folders for them, a moment longer.
 
     Removed is therefore what has stayed away for several looks; nothing offers to be waited for.
     """
@@ -121,9 +132,11 @@ def _remove(draft: pathlib.Path) -> None:
         time.sleep(0.1)
 
 
-def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:
+def replace(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Give a directory its name; what had it goes only when the new one is in place."""
     if not path.is_dir() or not any(path.iterdir()):
         os.rename(draft, path)
+        sync_names(path.parent)
         return
     old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
     os.rename(path, old)
@@ -132,6 +145,7 @@ def _replace(draft: pathlib.Path, path: pathlib.Path) -> None:
     except BaseException:
         os.rename(old, path)
         raise
+    sync_names(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,23 +1,17 @@
 """Convert a checkpoint directory tensor by tensor, in the memory of a few tensors."""
 
-import contextlib
-import dataclasses
-import json
 import os
 import pathlib
-import resource
-import shutil
-import sys
 import time
 import typing
 
-from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, sidecars
+from hybrid_jax.checkpoint import conversion as conversions
+from hybrid_jax.checkpoint import draft as drafts
 from hybrid_jax.checkpoint import plan as plans
-from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
-from hybrid_jax.checkpoint.formats.protocol import Sink
-from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsSink
-from hybrid_jax.checkpoint.opened import Checkpoint, open_checkpoint
-from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
+from hybrid_jax.checkpoint import workers as workers_lib
+from hybrid_jax.checkpoint.formats.orbax import GROUP_BYTES
+from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
+from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
 
 FORMATS = ("orbax", "hf", "hf-original")
@@ -27,13 +21,18 @@ class Summary(typing.NamedTuple):
     """What a conversion did."""
 
     tensors: int
-    """Tensors written."""
+    """Tensors of the destination."""
     bytes: int
     """Bytes of their data."""
+    written: int
+    """Of these, bytes that this process and its workers wrote; others wrote the rest, or earlier
+    starts."""
+    is_complete: bool
+    """Whether the destination is there; process 0 of several makes it when all are done."""
     seconds: float
     """Wall time."""
     peak_rss_bytes: int
-    """Most memory that this process ever held, libraries included."""
+    """Most memory that this process ever held, libraries included, and its workers each."""
 
 
 def convert(
@@ -46,14 +45,22 @@ def convert(
     check_finite: bool = True,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    group_bytes: int = GROUP_BYTES,
+    workers: int = 1,
+    process: int = 0,
+    of: int = 1,
+    note=lambda said: None,
 ) -> Summary:
     """Convert the checkpoint in `src` to a new directory `dst` in `format`.
+
+    A conversion that was killed, interrupted, or ran out of disk goes on when it is started again:
+    what is finished lies in `.DST.draft` beside `dst`. A source that is bad leaves nothing.
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
             file or shards), Orbax as written by this package, or a training run, of which the
             newest good checkpoint is taken; what LoRA learnt is merged in.
-        dst: Appears whole at the end, or not at all.
+        dst: Appears whole at the end, with the manifest of what was written, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it.
         dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
@@ -62,102 +69,41 @@ def convert(
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
+        group_bytes: Most that is held of the tensors of an Orbax group, unless one is larger.
+        workers: Local processes that share the work; each needs memory for a few tensors.
+        process: Which of the processes this one is that were started with the same arguments, on
+            machines that see the same files; from 0.
+        of: How many these are. Each writes its share; process 0 waits for all and finishes.
+        note: Called with sentences about work that is there already, or waited for.
 
     Raises:
-        ValueError: what is wrong in `src`, naming file and tensor.
-        OSError: `dst` cannot be written. In both cases `dst` is as before.
+        ValueError: what is wrong in `src`, naming file and tensor; or with the arguments.
+        OSError: `dst` cannot be written, or the same conversion is under way. `dst` is as before.
     """
     start = time.perf_counter()
     _check_arguments(src, dst, format, dtype)
+    _check_counts(workers, process, of)
+    job = conversions.Job(
+        os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes
+    )
     with open_checkpoint(src) as checkpoint:
-        plan = plans.make(checkpoint, format, dtype)
-        with atomic.new_directory(dst, overwrite=overwrite) as draft:
-            write_config(draft, checkpoint, format, dtype, plan)
-            sidecars.copy(sidecars.find(src), draft)
-            infos = plan.infos
-            sink: Sink
-            if format == "orbax":
-                sink = OrbaxSink(draft, infos, vocabulary=plan.vocabulary)
+        work = conversions.Conversion(job, checkpoint)
+        written, peak = 0, workers_lib.peak_rss_bytes()
+        with drafts.begin(
+            dst, work.origin, work.prepare, note, process=process, of=of, overwrite=overwrite
+        ) as draft:
+            if draft is None:
+                note(f"{dst} is this conversion already, by its manifest and the sizes of files.")
             else:
-                sink = SafetensorsSink(draft, infos, shard_bytes=shard_bytes)
-            with filling(sink, infos, progress) as write:
-                _pour(checkpoint, plan, dtype, check_finite, write)
-    peak = peak_rss_bytes()
+                share = conversions.shares(work.layout, range(len(work.layout.units)), of)[process]
+                written, peak = _write(work, draft, share, (process, of), workers, progress, note)
+                if process == 0:
+                    draft.wait(work.layout, note)
+                    draft.finish(work.layout, overwrite=overwrite)
+            is_complete = draft is None or process == 0
+    infos, seconds = work.plan.infos, time.perf_counter() - start
     total = sum(info.nbytes for info in infos)
-    return Summary(len(infos), total, time.perf_counter() - start, peak)
-
-
-@contextlib.contextmanager
-def filling(sink, infos, progress=None):
-    """Yields write(name, array) into a sink that is closed at the end or, on an error, given up."""
-    total, done = sum(info.nbytes for info in infos), 0
-
-    def write(name, array):
-        nonlocal done
-        sink.write(name, array)
-        done += array.nbytes
-        if progress is not None:
-            progress(done, total, name)
-
-    try:
-        yield write
-        sink.close()
-    except BaseException:
-        sink.abort()
-        raise
-
-
-def write_config(
-    directory: pathlib.Path,
-    checkpoint: Checkpoint,
-    format: str,
-    dtype: str | None,
-    plan: plans.Plan,
-) -> None:
-    """config.json or config.yaml of a converted checkpoint."""
-    if plan.vocabulary == "tree":
-        config = checkpoint.config
-        if dtype is not None:
-            dtypes = dataclasses.replace(config.dtypes, parameters=dtype)
-            config = dataclasses.replace(config, dtypes=dtypes)
-        text.write_yaml(config, directory / CONFIG_YAML)
-        return
-    described = checkpoint.description
-    if format == "orbax" and described is not None:
-        values = described.json
-    else:
-        stored = checkpoint.source.tensors[next(iter(checkpoint.rules))].dtype
-        names = {tag: name for name, tag in plans.DTYPE_TAGS.items()}
-        stored_name = dtype or names.get(stored, "float32")
-        values = hf_config.write(checkpoint.config, format, stored_name, described)
-    if dtype is not None:
-        values = hf_config.with_dtype(values, dtype)
-    if described is not None and values is described.json:
-        # Byte for byte: nothing has changed.
-        shutil.copyfile(checkpoint.path / CONFIG_JSON, directory / CONFIG_JSON)
-    else:
-        dump_json(directory / CONFIG_JSON, values)
-
-
-def dump_json(path: pathlib.Path, values: dict) -> None:
-    """Write a config.json as transformers lays it out."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def peak_rss_bytes() -> int:
-    """Most memory that this process ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kibibytes, macOS bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _pour(checkpoint: Checkpoint, plan: plans.Plan, dtype, check_finite: bool, write) -> None:
-    read = checkpoint.read(plan.outputs, dequantize=dtype is not None, check_finite=check_finite)
-    for name, array in read:
-        for output in plan.outputs[name]:
-            write(output.info.name, output.make(array, checkpoint.rules.get(name)))
-    for name, (info, layer_idx) in plan.tables.items():
-        write(name, decay_tables.table(name, checkpoint.config, layer_idx, info.shape))
+    return Summary(len(infos), total, written, is_complete, seconds, peak)
 
 
 def check_format(format: str) -> None:
@@ -167,6 +113,30 @@ def check_format(format: str) -> None:
             f"There is no format {format!r}.{text.near_names(str(format), FORMATS)} Formats: "
             f"{', '.join(FORMATS)}."
         )
+
+
+def _write(
+    work: conversions.Conversion, draft: drafts.Draft, share, process, workers: int, progress, note
+) -> tuple[int, int]:
+    """Write what is left of a share: (bytes that this took, most memory of all processes)."""
+    finished = draft.finished(share)
+    left = [number for number in share if number not in finished]
+    if finished:
+        note(f"{len(finished)} of {len(share)} units are finished already; going on with the rest.")
+    sizes = [sum(info.nbytes for info in unit.infos) for unit in work.layout.units]
+    total = sum(sizes[number] for number in share)
+    begun = done = sum(sizes[number] for number in finished)
+
+    def told(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, name)
+
+    peak = workers_lib.run(
+        work, draft, process, conversions.shares(work.layout, left, workers), told
+    )
+    return done - begun, peak
 
 
 def _check_arguments(src, dst, format: str, dtype: str | None) -> None:
@@ -180,3 +150,13 @@ def _check_arguments(src, dst, format: str, dtype: str | None) -> None:
     src, dst = (pathlib.Path(os.path.realpath(path)) for path in (src, dst))
     if src == dst or src in dst.parents or dst in src.parents:
         raise ValueError(f"Source {src} and destination {dst} must be apart; one holds the other.")
+
+
+def _check_counts(workers: int, process: int, of: int) -> None:
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1; got {workers}.")
+    if not 0 <= process < of:
+        raise ValueError(
+            f"process must be a number from 0 to below `of`, how many there are; got {process} of "
+            f"{of}."
+        )

@@ -81,14 +81,22 @@ def describe(held: Mapping[str, Held]) -> dict[str, Array]:
         return dict(zip(names, found, strict=True))
 
 
+def whole(name: str, array: np.ndarray) -> Array:
+    """Of an array in host memory, as one part."""
+    held = Held(array.shape, str(array.dtype), {(0,) * array.ndim: array})
+    return _describe(name, held)
+
+
 def merge(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """What several processes described of the same arrays, as one."""
-    merged = {}
-    for name, array in parts[0].items():
-        shards = {shard.begin: shard for part in parts for shard in part[name].shards}
-        merged[name] = dataclasses.replace(
-            array, shards=tuple(shards[begin] for begin in sorted(shards))
-        )
+    """What several processes described of arrays that each has a part of, or some have, as one."""
+    merged: dict[str, Array] = {}
+    for array_of in parts:
+        for name, array in array_of.items():
+            known = merged.get(name, array).shards
+            shards = {shard.begin: shard for shard in (*known, *array.shards)}
+            merged[name] = dataclasses.replace(
+                array, shards=tuple(shards[begin] for begin in sorted(shards))
+            )
     return merged
 
 

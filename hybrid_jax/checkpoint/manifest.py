@@ -40,20 +40,29 @@ class Manifest:
     files: Files
     arrays: Mapping[str, Array]
     """By name; empty for a directory that was hashed by somebody who had only its files."""
+    origin: str | None = None
+    """Digest of what a conversion made it from, and how; None for anything else."""
 
 
 def write(
-    directory, arrays: Mapping[str, Array] | None = None, files: Files | None = None
+    directory,
+    arrays: Mapping[str, Array] | None = None,
+    files: Files | None = None,
+    *,
+    name: str | None = None,
+    origin: str | None = None,
 ) -> Manifest:
     """Force a directory to the medium and write its manifest, whole or not at all.
 
-    `files` were hashed by others with `hash_files`; the rest is hashed here. Call it when all else
-    is in place: what is added later is foreign to the manifest.
+    `files` were hashed by others, with `hash_files` or as they wrote them; the rest is hashed here.
+    `name` is what the directory will be called, if not as it is now. Call it when all else is in
+    place: what is added later is foreign to the manifest.
     """
     directory = pathlib.Path(directory)
     known = dict(files or {})
-    left = [name for name in _list(directory) if name not in known]
-    manifest = Manifest(directory.name, known | _hash(directory, left), dict(arrays or {}))
+    left = [path for path in _list(directory) if path not in known]
+    hashed = known | _hash(directory, left)
+    manifest = Manifest(name or directory.name, hashed, dict(arrays or {}), origin)
     atomic.sync(directory)
     text = _text(_body(manifest))
     atomic.write_text(directory / NAME, text, drafted=lambda: faults.reach("manifest drafted"))
@@ -176,7 +185,7 @@ def _body(manifest: Manifest) -> dict:
             for name, (size, digest) in manifest.files.items()
         },
         "arrays": digests.to_json(manifest.arrays),
-    }
+    } | ({} if manifest.origin is None else {"origin": manifest.origin})
 
 
 def _parse(body: dict) -> Manifest:
@@ -184,6 +193,7 @@ def _parse(body: dict) -> Manifest:
         body["name"],
         {name: (each["bytes"], each["xxh3_128"]) for name, each in body["files"].items()},
         digests.from_json(body["arrays"]),
+        body.get("origin"),
     )
 
 

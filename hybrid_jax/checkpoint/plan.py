@@ -115,7 +115,8 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
         outputs[stored.name].append(
             Output(_cast(info, checkpoint, dtype), None if same else target)
         )
-    return outputs
+    # In the order in which reading is cheapest.
+    return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
 
 
 def _cast(info: TensorInfo, checkpoint: Checkpoint, dtype: str | None) -> TensorInfo:

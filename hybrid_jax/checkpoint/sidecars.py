@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+from hybrid_jax.checkpoint import manifest
 from hybrid_jax.checkpoint.formats import orbax
 from hybrid_jax.checkpoint.formats.links import inside
 from hybrid_jax.checkpoint.formats.training_run import is_training_run
@@ -19,9 +20,9 @@ _OF_RUNS = ("environment.json", "start.json")
 def find(directory) -> list[pathlib.Path]:
     """Files and folders of a checkpoint directory that are neither its weights nor its config.
 
-    Nor, of a training run, its own records.
+    Nor its manifest, and, of a training run, its own records.
     """
-    known: tuple[str, ...] = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME)
+    known: tuple[str, ...] = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME, manifest.NAME)
     if is_training_run(directory):
         known += _OF_RUNS
     return [

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import sys
 import typing
 
 import tyro
@@ -17,9 +19,15 @@ class Args:
     Read are Hugging Face directories (Text-01 and M1 as released, transformers' `minimax`, M2 in
     bfloat16 and in FP8; one safetensors file or shards), Orbax as written here, and training runs,
     whose newest good checkpoint is exported, with what LoRA learnt merged in. Every tensor is used
-    exactly once, and the destination appears whole at the end or not at all.
+    exactly once, and the destination appears whole at the end or not at all, with a manifest of
+    checksums. Killed or out of disk, the same command goes on where it ended.
 
-    Exit code 0: converted; 2: bad input, or a destination that cannot be written.
+    Several machines that see the same files share the work if each is given its number; a SLURM
+    step and JAX's variables (JAX_PROCESS_ID, JAX_NUM_PROCESSES, JAX_COORDINATOR_ADDRESS) give it
+    too. Process 0 waits for the others and finishes.
+
+    Exit code 0: converted, or this process's share of it; 2: bad input, or a destination that
+    cannot be written.
     """
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -36,13 +44,26 @@ class Args:
     """Replace a destination that is not empty."""
     allow_nonfinite: bool = False
     """Take weights that are NaN or infinite as they are."""
+    shard_gb: float = 5.0
+    """Largest safetensors file in GB, unless one tensor is larger."""
+    workers: int = 1
+    """Local processes that share the work; each needs memory for a few tensors."""
+    process: int | None = None
+    """Which of several processes this is, from 0; goes with --of."""
+    of: int | None = None
+    """How many processes there are, on machines that see the same files."""
 
 
 def run(args: Args) -> int:
     """0 when converted; raises ValueError or OSError for bad input."""
+    import jax
+
     from hybrid_jax.checkpoint import convert
 
     json_report.check_writable(args.json)
+    process, of = _place(args)
+    # No accelerator is needed, and nobody else could have it meanwhile.
+    jax.config.update("jax_platforms", "cpu")
     with _progress_bar() as progress:
         summary = convert(
             args.src,
@@ -52,16 +73,34 @@ def run(args: Args) -> int:
             progress,
             check_finite=not args.allow_nonfinite,
             overwrite=args.overwrite,
+            shard_bytes=round(args.shard_gb * 1e9),
+            workers=args.workers,
+            process=process,
+            of=of,
+            note=lambda said: print(said, file=sys.stderr, flush=True),
         )
+    share = "" if of == 1 else f"process {process} of {of} wrote {summary.written / 1e9:.3f} GB of "
     print(
-        f"{args.dst}: {summary.tensors:,} tensors, {summary.bytes / 1e9:.3f} GB in "
-        f"{summary.seconds:.1f} s ({summary.bytes / 1e6 / summary.seconds:,.0f} MB/s), peak memory "
-        f"{summary.peak_rss_bytes / 2**20:,.0f} MiB"
+        f"{args.dst}: {share}{summary.tensors:,} tensors, {summary.bytes / 1e9:.3f} GB in "
+        f"{summary.seconds:.1f} s ({summary.written / 1e6 / summary.seconds:,.0f} MB/s), peak "
+        f"memory {summary.peak_rss_bytes / 2**20:,.0f} MiB"
+        + ("" if summary.is_complete else "; process 0 finishes when all are done")
     )
     if args.json is not None:
         report = {"format": args.format, "dtype": args.dtype} | summary._asdict()
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _place(args: Args) -> tuple[int, int]:
+    """Which process this is, of how many."""
+    from sharding import processes
+
+    if args.process is None and args.of is None:
+        return processes.place(os.environ)
+    if args.process is None or args.of is None:
+        raise ValueError("--process and --of go together: which one this is, of how many.")
+    return args.process, args.of
 
 
 class _progress_bar:

@@ -63,6 +63,13 @@ def load(config: Data, directory: pathlib.Path, *, verify: bool = False) -> tupl
     )
 
 
+def chat_template(config: Data) -> str | None:
+    """How others write conversations to what learned from these; None if from none, or several."""
+    names = {source.template for source in config.sources}
+    texts = {chat.published(name) for name in names if name is not None}
+    return texts.pop() if len(texts) == 1 else None
+
+
 def place_of(directory: pathlib.Path, number: int) -> pathlib.Path:
     """Where source `number` is tokenised to if it is not prepared."""
     return directory / f"{number:02}"

@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
     @property
+    def chat_template(self) -> pathlib.Path:
+        """Of conversations; what is exported from the run carries it."""
+        return self.path / "chat_template.jinja"
+
+    @property
     def tokens(self) -> pathlib.Path:
         return self.path / "tokens"
 
@@ -82,7 +87,7 @@ class RunDirectory:
         """All that a run makes."""
         stored = (self.config, self.metrics, self.checkpoints, self.curve, self.tokenizer)
         shown = (self.environment, self.bad_batches, self.tensorboard, self.profile, self.hang)
-        return (*stored, *shown, self.tokens, self.origin, self.lock)
+        return (*stored, *shown, self.tokens, self.chat_template, self.origin, self.lock)
 
     def read_config(self) -> TrainConfig:
         """The stored configuration. Raises FileNotFoundError if this is no run."""
@@ -191,7 +196,7 @@ def _locked(run: RunDirectory):
 def _take_back(run: RunDirectory, made: list[pathlib.Path]) -> None:
     """Remove what `begin` and `prepare_tokens` made, and nothing else."""
     shutil.rmtree(run.tokens, ignore_errors=True)
-    for file in (run.config, run.tokenizer, run.origin, run.lock):
+    for file in (run.config, run.tokenizer, run.chat_template, run.origin, run.lock):
         file.unlink(missing_ok=True)
         _draft(file).unlink(missing_ok=True)
     atomic.unmake(made)
@@ -223,6 +228,9 @@ def prepare_tokens(
     else:
         vocab_size = config.model.vocab_size
         parts = corpus.make(config.data, run.tokens, vocab_size, run.tokenizer, note)
+        template = corpus.chat_template(config.data)
+        if template is not None:
+            atomic.write_text(run.chat_template, template)
     corpus.check_vocabulary(parts, config.model.vocab_size)
     return parts
 

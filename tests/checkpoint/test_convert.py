@@ -272,10 +272,12 @@ def test_a_damaged_orbax_directory_is_refused_by_name(tmp_path):
     for bad, message in (
         ("{", "hybrid_jax.json is not JSON"),
         ("{}", "not an index of"),
-        (good.replace('"version": 1', '"version": 9'), "not an index of"),
+        (good.replace('"version": 2', '"version": 1'), "is of version 1; this release reads 2"),
         (good.replace('"published"', '"x"'), "`vocabulary`"),
         (good.replace('"F32"', '"F31"'), "needs dtype"),
         (good.replace('"F32"', '["F32"]'), "needs dtype"),
+        (good.replace('"digest"', '"digst"'), "has bad digests"),
+        (good.replace('"parts": [', '"parts": [], "x": ['), "has bad digests, not of all"),
         (good.replace('"group": 0', '"group": 7'), "weights/00007, which is missing"),
     ):
         assert bad != good
@@ -344,7 +346,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout.split() == ["2", "2", "2"], result.stderr
     # Orbax may add noise from its event loop, even within a line.
-    for part in ("error: ", "File too large", ".dst.draft-"):
+    for part in ("error: ", "File too large", ".dst.draft/content/"):
         assert result.stderr.count(part) >= 3, result.stderr
     assert os.listdir(tmp_path) == ["src"]
 
@@ -380,7 +382,9 @@ def test_the_command_reports_and_exits_as_promised(tmp_path, capsys):
     assert cli.main([*command, "--json", str(report)]) == 0
     assert f"{len(tensors)} tensors" in capsys.readouterr().out
     assert json.loads(report.read_text())["tensors"] == len(tensors)
-    assert cli.main(command) == 2
+    assert cli.main(command) == 0
+    assert "is this conversion already" in capsys.readouterr().err
+    assert cli.main([*command[:-1], "hf"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     (source / "model.safetensors").write_bytes(b"\x80\x02.")
     assert cli.main(["convert", str(source), str(tmp_path / "x"), "--format", "hf"]) == 2

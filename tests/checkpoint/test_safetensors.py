@@ -8,10 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hybrid_jax.checkpoint import digests, manifest
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TAGS, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
-from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
+from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsLayout
 from tests.checkpoint.published import header, write_directory, write_safetensors
 
 A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -102,10 +103,7 @@ def test_every_dtype_comes_back_as_it_was_written_and_as_the_library_reads_it(tm
         "empty": np.zeros((0, 4), np.float16),
     }
     plan = [TensorInfo(name, TAGS[array.dtype], array.shape) for name, array in arrays.items()]
-    sink = SafetensorsSink(tmp_path, plan)
-    for name in reversed(arrays):
-        sink.write(name, arrays[name])
-    sink.close()
+    _write(tmp_path, SafetensorsLayout(plan), arrays)
     with contextlib.closing(SafetensorsFile(tmp_path / "model.safetensors")) as file:
         for name, array in arrays.items():
             again = file.read(name)
@@ -122,10 +120,7 @@ def test_shards_keep_to_the_limit_and_the_index_names_every_tensor(tmp_path):
     arrays = {f"t{i}": np.full((16,), i, ml_dtypes.bfloat16) for i in range(7)}
     arrays["large"] = np.ones((100,), np.float32)
     plan = [TensorInfo(name, TAGS[array.dtype], array.shape) for name, array in arrays.items()]
-    sink = SafetensorsSink(tmp_path, plan, shard_bytes=96)
-    for name, array in arrays.items():
-        sink.write(name, array)
-    sink.close()
+    _write(tmp_path, SafetensorsLayout(plan, shard_bytes=96), arrays)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 7 * 32 + 400
     assert sorted(set(index["weight_map"].values())) == [
@@ -136,13 +131,33 @@ def test_shards_keep_to_the_limit_and_the_index_names_every_tensor(tmp_path):
             assert np.array_equal(array, arrays[name])
 
 
-def test_a_planned_tensor_that_never_comes_or_is_another_is_an_error(tmp_path):
-    sink = SafetensorsSink(tmp_path, [TensorInfo("a", "F32", (2,)), TensorInfo("b", "F32", (2,))])
+def test_a_planned_tensor_that_never_comes_or_is_another_leaves_no_file(tmp_path):
+    layout = SafetensorsLayout([TensorInfo("a", "F32", (2,)), TensorInfo("b", "F32", (2,))])
     with pytest.raises(ValueError, match=r"'a' was planned as F32\[2\] but came as float64\[2\]"):
-        sink.write("a", np.zeros((2,)))
-    sink.write("a", np.zeros((2,), np.float32))
-    with pytest.raises(ValueError, match=r"model.safetensors is incomplete"):
-        sink.close()
+        layout.write(tmp_path, 0, iter([np.zeros((2,))]))
+    with pytest.raises(ValueError, match="shorter"):
+        layout.write(tmp_path, 0, iter([np.zeros((2,), np.float32)]))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_digests_are_those_of_the_files_and_tensors_as_they_lie_there(tmp_path):
+    arrays = {"narrow": np.arange(5, dtype=np.float16).astype(ml_dtypes.bfloat16)}
+    arrays["wide"] = np.arange(6, dtype=np.float32).reshape(3, 2).T
+    plan = [TensorInfo(name, TAGS[array.dtype], array.shape) for name, array in arrays.items()]
+    (written,) = _write(tmp_path, SafetensorsLayout(plan), arrays)
+    assert written.files == manifest.hash_files(tmp_path)
+    for name, array in arrays.items():
+        digests.check_whole(name, written.arrays[name], np.ascontiguousarray(array))
+
+
+def _write(directory, layout, arrays):
+    """All units, as whoever has the arrays writes them."""
+    written = [
+        layout.write(directory, unit.number, (arrays[info.name] for info in unit.infos))
+        for unit in layout.units
+    ]
+    layout.finish(directory, {})
+    return written
 
 
 def _sharded(tmp_path):

@@ -1,7 +1,10 @@
 """Conversations are rendered as published, only the assistant is learned, and nobody else speaks
 in control tokens."""
 
+import json
+
 import hypothesis
+import jinja2.sandbox
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -105,6 +108,69 @@ def test_asking_ends_where_the_assistant_begins(template):
     whole = "".join(p.text for p in chat.render(template, conversation))
     more = {"minimax-m1": "<beginning_of_sentence>ai name=assistant\n"}
     assert asked == whole + more.get(template, "]~b]ai\n<think>\n")
+
+
+def _as_transformers_renders(template: str, ask: bool, **given) -> str:
+    """With the environment that transformers 5.23 has for chat templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+
+    def refuse(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    compiled = environment.from_string(chat.published(template))
+    return compiled.render(add_generation_prompt=ask, **given)
+
+
+MORE = (
+    CALLED,
+    {"messages": [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "ö\n"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+            {"role": "tool", "name": "f", "content": "1"},
+            {"role": "tool", "name": "g", "content": "2"},
+            {"role": "assistant", "content": "b", "reasoning": "hidden\n"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "<think>shown</think>\n\nd"},
+        ]
+    },
+)
+
+
+@pytest.mark.parametrize("template", chat.CONTROL)
+def test_others_render_the_exported_template_to_the_same_text(template):
+    for record in MORE:
+        # Theirs are given objects where records may hold JSON.
+        messages = json.loads(json.dumps(record["messages"]))
+        for message in messages:
+            for call in message.get("tool_calls", ()):
+                function = call.get("function", call)
+                if isinstance(function["arguments"], str):
+                    function["arguments"] = json.loads(function["arguments"])
+        given = {"messages": messages, "tools": record.get("tools")}
+        for ask in (False, True):
+            pieces = chat.render(template, chat.parse(record), ask=ask)
+            ours = "".join(piece.text for piece in pieces)
+            assert _as_transformers_renders(template, ask, **given) == ours
+    with pytest.raises(jinja2.exceptions.TemplateError, match="got judge"):
+        _as_transformers_renders(template, False, messages=[{"role": "judge", "content": ""}])
+
+
+@pytest.mark.parametrize("template", GOLDEN)
+def test_transformers_renders_the_exported_template(template):
+    library = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = json.loads(json.dumps(CALLED["messages"]))
+    messages[2]["tool_calls"][0]["function"]["arguments"] = {"a": 1, "b": "two"}
+    (text,), _ = library.render_jinja_template(
+        conversations=[messages],
+        tools=CALLED["tools"],
+        chat_template=chat.published(template),
+        add_generation_prompt=False,
+    )
+    assert text == "".join(piece.text for piece in chat.render(template, chat.parse(CALLED)))
 
 
 NASTY = (

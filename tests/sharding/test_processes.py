@@ -73,6 +73,18 @@ def test_what_an_environment_means(environment, means):
     assert processes.find(NO_TPU | environment) == means
 
 
+def test_work_that_shares_only_files_is_numbered_as_the_environment_says():
+    for environment, place in (
+        ({}, (0, 1)),
+        (EXPLICIT, (3, 4)),
+        (SLURM, (3, 4)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, (0, 1)),
+        # A TPU's workers are not asked for: whoever converts on one of them is alone.
+        (GKE, (0, 1)),
+    ):
+        assert processes.place(environment) == place
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

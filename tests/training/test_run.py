@@ -2,11 +2,14 @@
 
 import dataclasses
 import io
+import json
 import os
 
 import pytest
 
 from hybrid_jax import data
+from hybrid_jax.checkpoint import sidecars
+from hybrid_jax.data import chat
 from hybrid_jax.training import run as run_lib
 from scripts import quickstart
 from tests.training import small
@@ -52,6 +55,26 @@ def test_an_error_later_leaves_the_run(tmp_path):
         run.checkpoints.mkdir()
         raise ValueError("later")
     assert run.config.exists()
+
+
+def test_a_run_keeps_the_template_of_its_conversations(tmp_path):
+    words = [{"prompt": f"Is {n} even?", "response": str(n % 2 == 0)} for n in range(20)]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, words)))
+    config = small.small_run(file)
+    (source,) = config.data.sources
+    for template in (None, "minimax-m1"):
+        sources = (dataclasses.replace(source, template=template, field="prompt"),)
+        tuned = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, sources=sources, heldout_fraction=0.1)
+        )
+        with run_lib.begin(tuned, tmp_path / f"run-{template}") as run:
+            run_lib.prepare_tokens(tuned, run, print)
+        if template is None:
+            assert not run.chat_template.exists()
+        else:
+            assert run.chat_template.read_text() == chat.published(template)
+            assert run.chat_template in sidecars.find(run.path)
 
 
 def test_files_in_the_way_are_named_and_kept(tmp_path):

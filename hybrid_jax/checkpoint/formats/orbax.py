@@ -1,101 +1,114 @@
 """Weights in Orbax, as many small saves: converting needs memory for one group, not for the model.
 
-A directory holds `hybrid_jax.json` (what is stored, in which group, with a checksum), and one Orbax
+A directory holds `hybrid_jax.json` (what is stored, in which group, with its digest), and one Orbax
 checkpoint a group under `weights/`: a flat mapping from tensor name to array, in the stored dtype.
-Orbax itself saves a whole tree at once and restores a flipped bit silently, hence both.
+Orbax itself saves a whole tree at once and restores a flipped bit silently, hence both. Two saves
+at once in one process get each other's files, so processes share the work and threads do not.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 import re
-import zlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
+from hybrid_jax.checkpoint import atomic, digests, manifest
 from hybrid_jax.checkpoint.formats import protocol
 
 INDEX_NAME = "hybrid_jax.json"
 GROUP_BYTES = 1 << 25
-_FORMAT, _VERSION = "hybrid-jax orbax weights", 1
+_FORMAT, _VERSION = "hybrid-jax orbax weights", 2
 
 
-class OrbaxSink:
-    """Writes `plan` into `directory`, group by group; tensors may come in any order."""
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One Orbax checkpoint."""
 
-    def __init__(self, directory, plan, *, vocabulary: str, group_bytes: int = GROUP_BYTES):
-        self._directory = pathlib.Path(directory)
-        self._plan = {info.name: info for info in plan}
+    number: int
+    infos: tuple[protocol.TensorInfo, ...]
+
+
+class OrbaxLayout:
+    """Groups of at most `group_bytes`, or of one tensor that is larger; a unit is a group."""
+
+    def __init__(self, infos, *, vocabulary: str, group_bytes: int = GROUP_BYTES):
+        groups = protocol.cut(infos, group_bytes)
+        self.units = [Group(number, group) for number, group in enumerate(groups)]
         self._vocabulary = vocabulary
-        self._limit = group_bytes
-        self._group: dict[str, np.ndarray] = {}
-        self._filled = 0
-        self._groups = 0
-        self._entries: dict[str, dict] = {}
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Store one planned tensor, or keep it until its group is full."""
-        info = self._plan[name]
-        protocol.check_planned(info, array)
-        if self._group and self._filled + info.nbytes > self._limit:
-            self._flush()
-        array = np.ascontiguousarray(array)
-        self._group[name] = array
-        self._filled += info.nbytes
-        self._entries[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "group": self._groups,
-            "crc32": _crc32(array),
+    def write(
+        self, directory: pathlib.Path, number: int, tensors: Iterator[np.ndarray]
+    ) -> protocol.Written:
+        """Save one group; Orbax gives it its name when it is whole."""
+        arrays = {}
+        for info, array in zip(self.units[number].infos, tensors, strict=True):
+            protocol.check_planned(info, array)
+            arrays[info.name] = np.ascontiguousarray(array)
+        path = group_path(directory, number)
+        path.parent.mkdir(exist_ok=True)
+        for left in path.parent.glob(f"{path.name}*"):
+            shutil.rmtree(left)
+        # Orbax cannot store an empty dim list; a scalar goes as one value.
+        save(path, {name: np.atleast_1d(array) for name, array in arrays.items()})
+        # Orbax writes the files; it tells nobody what it put there. They are in the page cache.
+        files = {
+            f"{path.parent.name}/{path.name}/{name}": found
+            for name, found in manifest.hash_files(path).items()
         }
+        described = {name: digests.whole(name, array) for name, array in arrays.items()}
+        return protocol.Written(files, described)
 
-    def close(self) -> None:
-        """Write the last group and the index; ValueError if a planned tensor never came."""
-        missing = next((name for name in self._plan if name not in self._entries), None)
-        if missing is not None:
-            raise ValueError(f"Tensor {missing!r} was planned but never came.")
-        self._flush()
+    def finish(self, directory: pathlib.Path, arrays: Mapping[str, digests.Array]) -> None:
+        """Write the index."""
+        entries = {
+            info.name: {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "group": group.number,
+                "parts": digests.to_json({"": arrays[info.name]})[""]["shards"],
+            }
+            for group in self.units
+            for info in group.infos
+        }
         index = {
             "format": _FORMAT,
             "version": _VERSION,
             "vocabulary": self._vocabulary,
-            "tensors": self._entries,
+            "tensors": entries,
         }
-        text = json.dumps(index, indent=1) + "\n"
-        (self._directory / INDEX_NAME).write_text(text, encoding="utf-8")
+        atomic.write_text(directory / INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
-    def abort(self) -> None:
-        """Forget what was not written; the caller removes the directory."""
-        self._group.clear()
 
-    def _flush(self) -> None:
-        if not self._group:
-            return
-        path = _group_path(self._directory, self._groups)
-        path.parent.mkdir(exist_ok=True)
-        ocp = _orbax()
-        context = ocp.Context()
-        # Trained weights shrink by a tenth at most; zstd took 60% more time and 160 MB more memory.
-        context.array.saving.use_compression = False
-        try:
-            with context, _quiet():
-                # Orbax cannot store an empty dim list; a scalar goes as one value.
-                ocp.save(path, {name: np.atleast_1d(array) for name, array in self._group.items()})
-        except ValueError as error:
-            # TensorStore reports a full disk as a ValueError: a page of specs around one number.
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(code[1])) if code else f"{error!s:.500}"
-            raise OSError(f"{path} could not be written: {reason}") from error
-        self._group = {}
-        self._filled = 0
-        self._groups += 1
+def save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Save one group, of host arrays, or by all processes at once of arrays on a mesh of them.
+
+    OSError when the medium is full.
+    """
+    ocp = _orbax()
+    context = ocp.Context()
+    # Trained weights shrink by a tenth at most; zstd took 60% more time and 160 MB more memory.
+    context.array.saving.use_compression = False
+    try:
+        with context, _quiet():
+            ocp.save(path, dict(arrays))
+    except ValueError as error:
+        # TensorStore reports a full disk as a ValueError: a page of specs around one number.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else f"{error!s:.500}"
+        raise OSError(f"{path} could not be written: {reason}") from error
 
 
 class OrbaxDirectory:
-    """What `OrbaxSink` wrote: `tensors` in stored order, and the `vocabulary` of their names."""
+    """What `OrbaxLayout` wrote: `tensors` in stored order, and the `vocabulary` of their names."""
 
     def __init__(self, directory):
         self.path = pathlib.Path(directory)
@@ -107,9 +120,9 @@ class OrbaxDirectory:
             for name, entry in self._entries.items()
         }
         for group in sorted({entry["group"] for entry in self._entries.values()}):
-            if not _group_path(self.path, group).is_dir():
+            if not group_path(self.path, group).is_dir():
                 raise ValueError(
-                    f"{self.path / INDEX_NAME} names {_group_path(self.path, group)}, which is "
+                    f"{self.path / INDEX_NAME} names {group_path(self.path, group)}, which is "
                     "missing. Copy the directory again."
                 )
 
@@ -130,14 +143,14 @@ class OrbaxDirectory:
 
     def locate(self, name: str) -> str:
         """Path of the group that holds a tensor."""
-        return str(_group_path(self.path, self._entries[name]["group"]))
+        return str(group_path(self.path, self._entries[name]["group"]))
 
     def close(self) -> None:
         """Nothing is held open."""
 
     def _load(self, group: int, names: list[str]) -> dict[str, np.ndarray]:
         ocp = _orbax()
-        path = _group_path(self.path, group)
+        path = group_path(self.path, group)
         target = {
             name: np.empty(
                 self.tensors[name].shape or (1,), protocol.DTYPES[self.tensors[name].dtype]
@@ -164,16 +177,33 @@ class OrbaxDirectory:
                 f"expected {info.dtype}{list(info.shape)}."
             )
         array = np.ascontiguousarray(array).reshape(info.shape)
-        if _crc32(array) != self._entries[name]["crc32"]:
+        try:
+            digests.check_whole(name, self._written(name), array)
+        except digests.Damaged as error:
             raise ValueError(
-                f"{self.locate(name)}: the bytes of tensor {name!r} are not those that were "
-                "written (checksum). The directory is damaged; copy or convert it again."
-            )
+                f"{self.locate(name)}: {error} The directory is damaged; copy or convert it again."
+            ) from error
         return array
+
+    def _written(self, name: str) -> digests.Array:
+        """The digests of a tensor in the index."""
+        entry, info = self._entries[name], self.tensors[name]
+        found = {"shape": info.shape, "dtype": str(protocol.DTYPES[info.dtype])}
+        try:
+            written = digests.from_json({name: found | {"shards": entry["parts"]}})[name]
+            count = sum(math.prod(part.shape) for part in written.shards)
+        except (KeyError, TypeError):
+            count = -1
+        if count != math.prod(info.shape):
+            raise ValueError(
+                f"{self.path / INDEX_NAME}: tensor {name!r} has bad digests, not of all of it: "
+                f"{entry['parts']!r:.200}."
+            )
+        return written
 
 
 def is_orbax(directory) -> bool:
-    """Whether a directory was written by `OrbaxSink`."""
+    """Whether a directory was written by `OrbaxLayout`."""
     return (pathlib.Path(directory) / INDEX_NAME).is_file()
 
 
@@ -202,12 +232,9 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _group_path(directory: pathlib.Path, group: int) -> pathlib.Path:
+def group_path(directory: pathlib.Path, group: int) -> pathlib.Path:
+    """Where a group lies."""
     return (directory / "weights" / f"{group:05d}").absolute()
-
-
-def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_index(path: pathlib.Path) -> dict:
@@ -215,11 +242,13 @@ def _read_index(path: pathlib.Path) -> dict:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (
-        _FORMAT,
-        _VERSION,
-    ):
-        raise ValueError(f"{path} is not an index of {_FORMAT!r} version {_VERSION}.")
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not an index of {_FORMAT!r}.")
+    if index.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is of version {index.get('version')!r}; this release reads {_VERSION}. "
+            "Convert the weights again from where they came from, or use the release that wrote it."
+        )
     entries = index.get("tensors")
     if not isinstance(entries, dict) or index.get("vocabulary") not in ("published", "tree"):
         raise ValueError(f"{path} must hold `tensors` and a `vocabulary` of 'published' or 'tree'.")
@@ -234,10 +263,10 @@ def _info(name: str, entry, path: pathlib.Path) -> protocol.TensorInfo:
         and isinstance(entry.get("shape"), list)
         and all(type(size) is int and size >= 0 for size in entry["shape"])
         and type(entry.get("group")) is int
-        and type(entry.get("crc32")) is int
+        and isinstance(entry.get("parts"), list)
     )
     if not is_good:
         raise ValueError(
-            f"{path}: tensor {name!r} needs dtype, shape, group and crc32; got {entry!r:.200}."
+            f"{path}: tensor {name!r} needs dtype, shape, group and parts; got {entry!r:.200}."
         )
     return protocol.TensorInfo(name, entry["dtype"], tuple(entry["shape"]))

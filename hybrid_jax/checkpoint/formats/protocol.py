@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import pathlib
 import typing
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
+
+from hybrid_jax.checkpoint import digests
 
 # Tags of the safetensors format; the wider formats (4 and 6 bits, E8M0) are in no release we read.
 DTYPES: dict[str, np.dtype] = {
@@ -52,7 +56,10 @@ class Source(typing.Protocol):
         """One tensor, in memory of its own. ValueError names the file when it cannot be read."""
 
     def read_many(self, names: typing.Iterable[str]) -> typing.Iterator[tuple[str, np.ndarray]]:
-        """The named tensors, each once, in any order; holds a few of them at a time."""
+        """The named tensors, each once; holds a few of them at a time.
+
+        In the order given, if that is the order of `tensors`.
+        """
 
     def locate(self, name: str) -> str:
         """The file that holds a tensor, for messages."""
@@ -61,17 +68,57 @@ class Source(typing.Protocol):
         """Release all files."""
 
 
-class Sink(typing.Protocol):
-    """A checkpoint directory being written; every planned tensor must come exactly once."""
+class Unit(typing.Protocol):
+    """A piece of a checkpoint directory that appears whole or not at all."""
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Store one planned tensor. OSError when the medium is full."""
+    @property
+    def number(self) -> int:
+        """Among those of its layout, from 0."""
 
-    def close(self) -> None:
-        """Finish all files and force them to the medium. ValueError if a tensor never came."""
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """Its tensors, in the order in which they lie there."""
 
-    def abort(self) -> None:
-        """Give up: release what is open. The caller removes the directory."""
+
+class Written(typing.NamedTuple):
+    """What a unit is, for the manifest; digests were made of the bytes as they passed."""
+
+    files: Mapping[str, tuple[int, str]]
+    """Size in bytes and xxh3-128 by path below the directory."""
+    arrays: Mapping[str, digests.Array]
+    """By the tensor's name."""
+
+
+class Layout(typing.Protocol):
+    """Where the planned tensors of a checkpoint directory go, in units, and what says so."""
+
+    @property
+    def units(self) -> typing.Sequence[Unit]:
+        """In order of their numbers."""
+
+    def write(
+        self, directory: pathlib.Path, number: int, tensors: typing.Iterator[np.ndarray]
+    ) -> Written:
+        """Write one unit, forced to the medium, over what an earlier attempt has left of it.
+
+        `tensors` come in the order of its `infos`. OSError when the medium is full.
+        """
+
+    def finish(self, directory: pathlib.Path, arrays: Mapping[str, digests.Array]) -> None:
+        """Write the index, when all units are there."""
+
+
+def cut(infos: typing.Iterable[TensorInfo], limit: int) -> list[tuple[TensorInfo, ...]]:
+    """Tensors in groups of at most `limit` bytes, or of one that is larger; never none at all."""
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in infos:
+        if groups[-1] and filled + info.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(info)
+        filled += info.nbytes
+    return [tuple(group) for group in groups]
 
 
 def check_planned(info: TensorInfo, array: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from hybrid_jax.data.chat.conversation import BadConversation, Call, Conversation, Turn, parse
 from hybrid_jax.data.chat.encode import check_tokenizer, encode
+from hybrid_jax.data.chat.published import published
 from hybrid_jax.data.chat.render import CONTROL, render
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "check_tokenizer",
     "encode",
     "parse",
+    "published",
     "render",
 ]

@@ -16,7 +16,7 @@ import jinja2.sandbox
 from hybrid_jax.data.chat.conversation import Conversation
 
 _MARKS = ("verbatim", "/verbatim", "learned", "/learned")
-_TEMPLATES = pathlib.Path(__file__).with_name("templates")
+TEMPLATES = pathlib.Path(__file__).with_name("templates")
 
 # Control tokens of each template, as the released tokenizers spell them.
 _M1_TOKENS = ("<begin_of_document>", "<beginning_of_sentence>", "<end_of_sentence>")
@@ -28,7 +28,7 @@ CONTROL = {
     "minimax-m2": _M2_TOKENS,
 }
 """Template -> tokens that it writes and a tokenizer must have."""
-_FILES = {
+FILES = {
     # The same frame; Text-01 came without tools.
     "minimax-text-01": "minimax-m1.jinja",
     "minimax-m1": "minimax-m1.jinja",
@@ -84,14 +84,14 @@ def _pieces(text: str, marks: dict[str, str]):
 @functools.cache
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=False,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["verbatim"] = _marked("verbatim")
     environment.filters["learned"] = _marked("learned")
-    return environment.get_template(_FILES[name])
+    return environment.get_template(FILES[name])
 
 
 def _marked(what: str):
