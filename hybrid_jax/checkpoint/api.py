@@ -2,14 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, leaves
+from hybrid_jax.checkpoint import atomic, decay_tables, hf_config, leaves, loading
 from hybrid_jax.checkpoint import convert as conversion
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
 from hybrid_jax.checkpoint.formats.orbax import OrbaxSink
-from hybrid_jax.checkpoint.formats.protocol import TAGS, Sink, TensorInfo
+from hybrid_jax.checkpoint.formats.protocol import TAGS, RangedSource, Sink, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
@@ -17,29 +18,60 @@ from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
+from hybrid_jax.model.parallel.placement import Placement
+from sharding import processes
 
 
-def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.Model:
+def load(
+    path,
+    dtype: str = "float32",
+    *,
+    placement: Placement | None = None,
+    check_finite: bool = True,
+) -> models.Model:
     """The model in a directory of any supported format, with `dtype` parameters and computation.
 
     Args:
         path: Hugging Face directory (released names, transformers' `minimax`, M2; FP8 is
             multiplied with its scales), Orbax as `save` and `convert` write it, or a training run,
-            whose newest good checkpoint is taken.
+            whose newest good checkpoint is taken. A Hugging Face directory may be in object
+            storage: `s3://...`, `gs://...` or what else fsspec knows.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
+        placement: Devices that the parameters are split over, also of several processes, all of
+            which must call; None for the first device. Each process reads what its devices hold:
+            of safetensors those bytes, of Orbax the tensors they are in.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:
-        ValueError: naming the file, field or tensor that is wrong.
+        ValueError: naming the file, field or tensor that is wrong; or dims that do not divide.
+            What one process refuses, all refuse.
     """
+    found: list[models.Model] = []
+
+    def read() -> None:
+        found.append(_load(path, dtype, placement, check_finite))
+
+    if placement is not None and placement.mesh.is_multi_process:
+        processes.all_pass(read)
+    else:
+        read()
+    return found.pop()
+
+
+def _load(path, dtype: str, placement, check_finite: bool) -> models.Model:
     dtypes = model_lib.Dtypes(parameters=dtype, compute=dtype)
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(checkpoint.config, dtypes=dtypes)
+        where = leaves.shardings(config, placement)
 
-        def read(leaf: str, shape, leaf_dtype: np.dtype) -> np.ndarray:
-            return checkpoint.read_leaf(leaf, shape, leaf_dtype, check_finite)
+        def read(leaf: str, shape, leaf_dtype: np.dtype) -> jax.Array:
+            options = {"check_finite": check_finite}
+            return loading.load(checkpoint, leaf, shape, leaf_dtype, where[leaf], **options)
 
-        return leaves.fill(config, read)
+        model = leaves.fill(config, read)
+        if isinstance(checkpoint.source, RangedSource):
+            checkpoint.source.check_unchanged()
+        return model
 
 
 def save(
