@@ -62,11 +62,12 @@ def _load(path, dtype: str, placement, check_finite: bool) -> models.Model:
     dtypes = model_lib.Dtypes(parameters=dtype, compute=dtype)
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(checkpoint.config, dtypes=dtypes)
-        where = leaves.shardings(config, placement)
+        where = {} if placement is None else leaves.shardings(config, placement)
 
         def read(leaf: str, shape, leaf_dtype: np.dtype) -> jax.Array:
-            options = {"check_finite": check_finite}
-            return loading.load(checkpoint, leaf, shape, leaf_dtype, where[leaf], **options)
+            return loading.load(
+                checkpoint, leaf, shape, leaf_dtype, where.get(leaf), check_finite=check_finite
+            )
 
         model = leaves.fill(config, read)
         if isinstance(checkpoint.source, RangedSource):

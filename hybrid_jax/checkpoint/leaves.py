@@ -16,11 +16,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in _flat(models.abstract(config)).items()}
 
 
-def shardings(config: ModelConfig, placement: Placement | None) -> dict[str, jax.sharding.Sharding]:
-    """Path -> where it is stored: as `placement` says, or on the first device of this process."""
-    if placement is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return dict.fromkeys(shapes(config), one)
+def shardings(config: ModelConfig, placement: Placement) -> dict[str, jax.sharding.NamedSharding]:
+    """Path -> where a placement stores it; ValueError if a dim does not divide."""
     return {
         path: placement.parameter(path, logical_axes(param), param.shape)
         for path, param in _flat(models.abstract(config)).items()

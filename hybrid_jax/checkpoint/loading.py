@@ -24,19 +24,18 @@ def load(
     leaf: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
     *,
     check_finite: bool = True,
 ) -> jax.Array:
     """One parameter, of which this process reads what its own devices hold, and that once.
 
-    Host memory is that of a few pieces, whatever the size of the parameter; a device needs room for
-    its part of the parameter and one piece. Raises ValueError as `parts.read` does.
+    Without a sharding it is on the default device, whence JAX moves it to where it is used. Host
+    memory is that of a few pieces, whatever the size of the parameter; a device needs room for its
+    part of the parameter and one piece. Raises ValueError as `parts.read` does.
     """
     dtype = np.dtype(dtype)
-    devices: dict[Box, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(Box.of(index or (), shape), []).append(device)
+    devices = _devices(shape, sharding)
     arrays: list[jax.Array] = []
     for part, boxes in _groups(devices):
         on_host = part.size * dtype.itemsize <= HOST_BYTES
@@ -51,7 +50,19 @@ def load(
                     shard.put(common, values[common.within(place).slices])
         assert filled == part.size, f"rules fill {filled} of {part.size} values of {leaf}"
         arrays += [array for shard in shards for array in shard.finish()]
+    if sharding is None:
+        return arrays[0]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _devices(shape, sharding) -> dict[Box, list[jax.Device | None]]:
+    """What this process holds, and where."""
+    if sharding is None:
+        return {Box.whole(shape): [None]}
+    devices: dict[Box, list[jax.Device | None]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(Box.of(index, shape), []).append(device)
+    return devices
 
 
 def _groups(boxes: Iterable[Box]) -> list[tuple[Box, list[Box]]]:
@@ -70,7 +81,7 @@ def _groups(boxes: Iterable[Box]) -> list[tuple[Box, list[Box]]]:
 class _OnHost:
     """A shard that goes to its devices when it is complete."""
 
-    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device]):
+    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device | None]):
         self.box = box
         self._devices = devices
         self._array = np.empty(box.shape, dtype)
@@ -87,7 +98,7 @@ class _OnHost:
 class _OnDevices:
     """A shard that is on its devices from the beginning."""
 
-    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device]):
+    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device | None]):
         self.box = box
         self._arrays = [jnp.zeros(box.shape, dtype, device=device) for device in devices]
 

@@ -36,10 +36,10 @@ def read(
     wanted = [(rule, share) for rule, share in shares if share is not None]
     wanted.sort(key=lambda item: order[item[0].name])
 
-    def finish(rule: Rule, share: Box, stored: np.ndarray) -> tuple[Box, np.ndarray]:
+    def finish(rule: Rule, share: Box, stored: np.ndarray, scales) -> tuple[Box, np.ndarray]:
         values = _checked(checkpoint, rule.name, stored, check_finite)
         if rule.name in checkpoint.scales:
-            values = _dequantized(checkpoint, rule, share, values, check_finite)
+            values = _dequantized(checkpoint, rule, share, values, scales, check_finite)
         return rule.place(share), _converted(rule.to_part(values), dtype)
 
     if isinstance(source, protocol.RangedSource):
@@ -47,14 +47,19 @@ def read(
 
         def ranged(item: tuple[Rule, Box]) -> tuple[Box, np.ndarray]:
             rule, share = item
-            return finish(rule, share, read_part(rule.name, rule.split_shape, share))
+            stored = read_part(rule.name, rule.split_shape, share)
+            return finish(rule, share, stored, read_part)
 
         yield from _in_threads(ranged, _cut(wanted, source))
         return
     by_name = {rule.name: (rule, share) for rule, share in wanted}
+    names = [checkpoint.scales[name] for name in by_name if name in checkpoint.scales]
+    # All first: weights and scales may lie in the same group, which is then opened twice at most.
+    scales = dict(source.read_many(names))
     for name, array in source.read_many(by_name):
         rule, share = by_name[name]
-        yield finish(rule, share, array.reshape(rule.split_shape)[share.slices])
+        stored = array.reshape(rule.split_shape)[share.slices]
+        yield finish(rule, share, stored, lambda name, _, part: scales[name][part.slices])
 
 
 def whole(
@@ -97,17 +102,15 @@ def _checked(checkpoint, name: str, array: np.ndarray, check_finite: bool) -> np
     return array
 
 
-def _dequantized(checkpoint, rule: Rule, share: Box, stored: np.ndarray, check_finite: bool):
+def _dequantized(checkpoint, rule: Rule, share: Box, stored, read_part, check_finite: bool):
+    """With the scales of the blocks that the share touches, by `read_part(name, shape, part)`."""
     rows, columns = rule.indices(share)
-    scale, block = checkpoint.scales[rule.name], checkpoint.block
-    part, source = fp8.scale_part(rows, columns, block), checkpoint.source
-    if isinstance(source, protocol.RangedSource):
-        factors = source.read_part(scale, source.tensors[scale].shape, part)
-    else:
-        factors = source.read(scale)[part.slices]
-    factors = _checked(checkpoint, scale, factors, check_finite)
+    name, block = checkpoint.scales[rule.name], checkpoint.block
+    shape = checkpoint.source.tensors[name].shape
+    scale = read_part(name, shape, fp8.scale_part(rows, columns, block))
+    scale = _checked(checkpoint, name, scale, check_finite)
     table = stored.reshape(len(rows), len(columns))
-    return fp8.dequantize(table, factors, block, rows, columns).reshape(share.shape)
+    return fp8.dequantize(table, scale, block, rows, columns).reshape(share.shape)
 
 
 def _converted(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

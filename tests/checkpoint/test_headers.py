@@ -58,6 +58,7 @@ def framed(header: bytes, rest: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + rest
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=64))
 def test_any_bytes(data):
     check(data)

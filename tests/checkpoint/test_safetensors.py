@@ -174,7 +174,10 @@ def test_a_bad_index_is_refused_by_name(tmp_path, change, message):
         HfDirectory(directory)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", "[" * 20000])
+TWICE = '{"weight_map": {"t0": "a.safetensors", "t0": "b.safetensors"}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", "[" * 20000, "\xff", TWICE])
 def test_an_index_that_is_no_index_is_refused(tmp_path, content):
     directory = _sharded(tmp_path)
     (directory / INDEX).write_text(content)
@@ -223,4 +226,7 @@ def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path):
     (outside / "model.safetensors").unlink()
     (outside / "model.safetensors").symlink_to("model.safetensors")
     with pytest.raises(ValueError, match="leads to no file"):
+        HfDirectory(outside)
+    (outside / INDEX).symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="outside the directory"):
         HfDirectory(outside)

@@ -9,7 +9,7 @@ from hybrid_jax.checkpoint.formats.links import inside
 # A few times what a disk with several reads in flight delivers while it seeks: cheaper than a read.
 GAP_BYTES = 1 << 14
 # What is meant to be read whole: a real index has some megabytes.
-MAX_TEXT_BYTES = 100_000_000
+MAX_SMALL_BYTES = 100_000_000
 
 
 class File(typing.Protocol):
@@ -44,8 +44,8 @@ class Folder(typing.Protocol):
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
 
-    def read_text(self, name: str) -> str:
-        """A small file as UTF-8. Raises FileNotFoundError, other OSErrors, or ValueError."""
+    def read_bytes(self, name: str) -> bytes:
+        """All of a small file. Raises FileNotFoundError, another OSError, or ValueError."""
 
     def open(self, name: str) -> File:
         """A file to read ranges of. Raises ValueError for one that lies elsewhere."""
@@ -114,13 +114,13 @@ class LocalFolder:
         """Whether there is such a file."""
         return (self.path / name).is_file()
 
-    def read_text(self, name: str) -> str:
-        """A small file as UTF-8."""
+    def read_bytes(self, name: str) -> bytes:
+        """All of a small file."""
         if not os.path.lexists(self.path / name):
             raise FileNotFoundError(f"There is no {self.path / name}.")
         path = inside(self.path, name)
-        check_text_size(str(path), path.stat().st_size)
-        return path.read_text(encoding="utf-8")
+        check_small(str(path), path.stat().st_size)
+        return path.read_bytes()
 
     def open(self, name: str) -> LocalFile:
         """A file to read ranges of."""
@@ -134,11 +134,11 @@ class LocalFolder:
         return str(self.path)
 
 
-def check_text_size(where: str, size: int) -> None:
+def check_small(where: str, size: int) -> None:
     """ValueError for a file that is too long to be read whole."""
-    if size > MAX_TEXT_BYTES:
+    if size > MAX_SMALL_BYTES:
         raise ValueError(
-            f"{where} is {size} bytes long; expected a text file of at most {MAX_TEXT_BYTES}."
+            f"{where} is {size} bytes long; expected a small file of at most {MAX_SMALL_BYTES}."
         )
 
 

@@ -33,7 +33,7 @@ class HfDirectory:
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        weight_map = _read_index(self.folder)
+        weight_map = read_index(self.folder)
         present = self.folder.names()
         if weight_map is None:
             names = _weight_files(self.folder, present)
@@ -114,12 +114,18 @@ class HfDirectory:
                 )
 
 
-def _read_index(folder: Folder) -> dict[str, str] | None:
+def read_index(folder: Folder) -> dict[str, str] | None:
+    """Tensor -> file of the index, None without one; ValueError if it leads anywhere else.
+
+    Whether the files are there is not asked.
+    """
     path = folder.where(INDEX_NAME)
     try:
-        index = json.loads(folder.read_text(INDEX_NAME), object_pairs_hook=unique)
+        raw = folder.read_bytes(INDEX_NAME)
     except FileNotFoundError:
         return None
+    try:
+        index = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON with a `weight_map`: {error}.") from error
     if not isinstance(index, dict) or "weight_map" not in index:

@@ -58,18 +58,10 @@ class RemoteFile:
 
     def _facts(self) -> dict:
         # What a store calls the version of an object: names differ, and none has all.
-        names = (
-            "size",
-            "ETag",
-            "etag",
-            "generation",
-            "LastModified",
-            "mtime",
-            "created",
-            "updated",
-        )
+        versions = ("ETag", "etag", "generation", "blob_id")
+        times = ("LastModified", "last_modified", "mtime", "updated", "created")
         found = self._filesystem.info(self._path)
-        return {name: str(found[name]) for name in names if name in found}
+        return {name: str(found[name]) for name in ("size", *versions, *times) if name in found}
 
 
 class RemoteFolder:
@@ -80,24 +72,24 @@ class RemoteFolder:
         self._filesystem, self._path = _open(self._name)
 
     def names(self) -> list[str]:
-        """Of everything in it, sorted."""
+        """Of its objects, sorted."""
         try:
-            found = self._filesystem.ls(self._path, detail=False)
+            found = self._filesystem.ls(self._path, detail=True)
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self._name} does not exist; expected a checkpoint directory."
             ) from error
-        return sorted(posixpath.basename(path.rstrip("/")) for path in found)
+        return sorted(posixpath.basename(e["name"]) for e in found if e["type"] != "directory")
 
     def has(self, name: str) -> bool:
         """Whether there is such an object."""
         return self._filesystem.isfile(self._inner(name))
 
-    def read_text(self, name: str) -> str:
-        """A small object as UTF-8."""
+    def read_bytes(self, name: str) -> bytes:
+        """All of a small object."""
         size = self._filesystem.info(self._inner(name))["size"]
-        files.check_text_size(self.where(name), int(size))
-        return self._filesystem.cat_file(self._inner(name)).decode("utf-8")
+        files.check_small(self.where(name), int(size))
+        return self._filesystem.cat_file(self._inner(name))
 
     def open(self, name: str) -> RemoteFile:
         """An object to read ranges of."""
@@ -118,6 +110,7 @@ def _open(name: str):
     """(file system, path in it). ValueError says what to install, or which schemes there are."""
     try:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
     except ImportError as error:
         raise ValueError(
             f"{name} is read through fsspec, which is not installed: pip install "
@@ -126,5 +119,12 @@ def _open(name: str):
     try:
         filesystem, path = url_to_fs(name)
     except ImportError as error:
+        raise ValueError(
+            f"{name} cannot be read: fsspec lacks the package of this storage. {error}: pip "
+            "install what it names."
+        ) from error
+    except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}.") from error
+    if isinstance(filesystem, LocalFileSystem):
+        raise ValueError(f"{name} is on a disk: give the path without a scheme.")
     return filesystem, path.rstrip("/")

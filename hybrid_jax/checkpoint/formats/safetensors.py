@@ -13,7 +13,7 @@ from hybrid_jax.checkpoint.formats.runs import reads
 
 # The official library refuses longer headers too; a real one has a few megabytes at most.
 MAX_HEADER_BYTES = 100_000_000
-_READ_BYTES = 1 << 26
+_READ_BYTES = 1 << 24
 # Bytes of an array; more cannot be addressed.
 _MOST = 1 << 62
 # What a pickle without a mark begins with: a mark, a list, a dict, a tuple or a global.

@@ -53,13 +53,15 @@ def read_from(folder: Folder, name: str) -> dict:
     """`read_json` of a file in a folder of any kind."""
     path = folder.where(name)
     try:
-        values = json.loads(folder.read_text(name))
+        raw = folder.read_bytes(name)
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is missing; a checkpoint needs it to say what its tensors mean."
         ) from error
     except OSError as error:
         raise ValueError(f"{path} must be a readable file: {error.strerror or error}.") from error
+    try:
+        values = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(values, dict):
