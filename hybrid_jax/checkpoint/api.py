@@ -39,7 +39,8 @@ def load(
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
         placement: Devices that the parameters are split over, also of several processes, all of
             which must call; None for the first device. Each process reads what its devices hold:
-            of safetensors those bytes, of Orbax the tensors they are in.
+            of safetensors those bytes, from Orbax the tensors they are in, or all if it is one of
+            several.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:

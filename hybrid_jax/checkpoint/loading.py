@@ -10,6 +10,7 @@ import numpy as np
 
 from hybrid_jax.checkpoint import parts
 from hybrid_jax.checkpoint.boxes import Box, hull
+from hybrid_jax.checkpoint.formats import protocol
 
 if typing.TYPE_CHECKING:
     from hybrid_jax.checkpoint.opened import Checkpoint
@@ -37,7 +38,10 @@ def load(
     dtype = np.dtype(dtype)
     devices = _devices(shape, sharding)
     arrays: list[jax.Array] = []
-    for part, boxes in _groups(devices):
+    has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
+    # Without ranges nothing is saved by leaving something out, and all processes read alike.
+    groups = _groups(devices) if has_ranges else [(hull(devices), list(devices))]
+    for part, boxes in groups:
         on_host = part.size * dtype.itemsize <= HOST_BYTES
         kind = _OnHost if on_host else _OnDevices
         shards = [kind(box, dtype, devices[box]) for box in boxes]
@@ -61,7 +65,7 @@ def _devices(shape, sharding) -> dict[Box, list[jax.Device | None]]:
         return {Box.whole(shape): [None]}
     devices: dict[Box, list[jax.Device | None]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(Box.of(index, shape), []).append(device)
+        devices.setdefault(Box.of(index or (), shape), []).append(device)
     return devices
 
 

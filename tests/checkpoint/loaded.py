@@ -1,4 +1,4 @@
-"""What each of the processes that `test_loading.py` starts does: `python loaded.py DIRECTORY`."""
+"""What each process that `test_loading.py` starts does: `python loaded.py DIRECTORY ORBAX`."""
 
 import sys
 
@@ -21,7 +21,7 @@ CASES = (
 )
 
 
-def main(directory: str) -> int:
+def main(directory: str, orbax: str) -> int:
     assert processes.start()
     sources = []
 
@@ -34,17 +34,22 @@ def main(directory: str) -> int:
     # Of this process alone.
     whole = leaves.arrays(hybrid_jax.load(directory, dtype="bfloat16"))
     total = sources[-1].bytes_read
+
+    def check(path, placement) -> None:
+        model = hybrid_jax.load(path, dtype="bfloat16", placement=placement)
+        for name, array in leaves.arrays(model).items():
+            assert not array.is_fully_addressable
+            for shard in array.addressable_shards:
+                assert np.array_equal(shard.data, np.asarray(whole[name])[shard.index]), name
+
     for mesh, rules, is_interleaved, _ in CASES:
         devices = jax.devices()
         if is_interleaved:
             devices = [device for pair in zip(devices[:4], devices[4:]) for device in pair]
         placement = placements.make(mesh, rules, devices)
-        model = hybrid_jax.load(directory, dtype="bfloat16", placement=placement)
-        for name, array in leaves.arrays(model).items():
-            assert not array.is_fully_addressable
-            for shard in array.addressable_shards:
-                assert np.array_equal(shard.data, np.asarray(whole[name])[shard.index]), name
+        check(directory, placement)
         print(mesh, sources[-1].bytes_read, total)
+    check(orbax, placement)
     try:
         # What one process cannot read, no other goes on without.
         mine = directory if processes.is_first() else f"{directory}/none"

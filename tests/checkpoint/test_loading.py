@@ -90,7 +90,8 @@ def wide(tmp_path_factory):
 
 def test_two_processes_read_half_of_the_bytes_each(wide, tmp_path):
     script = pathlib.Path(loaded.__file__)
-    started = together.start(2, 4, [script, wide], tmp_path / "logs")
+    convert(wide, tmp_path / "orbax", "orbax")
+    started = together.start(2, 4, [script, wide, tmp_path / "orbax"], tmp_path / "logs")
     codes = together.wait(started, 300)
     said = [together.lines(tmp_path / "logs", process) for process in (0, 1)]
     assert codes == [0, 0], said
