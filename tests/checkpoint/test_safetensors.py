@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 
 import ml_dtypes
@@ -230,3 +231,11 @@ def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path):
     (outside / INDEX).symlink_to("/etc/passwd")
     with pytest.raises(ValueError, match="outside the directory"):
         HfDirectory(outside)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / name).symlink_to("pipe")
+    with pytest.raises(ValueError, match=f"{name} is a device or a pipe"):
+        HfDirectory(tmp_path)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import stat
 import typing
 
 from hybrid_jax.checkpoint.formats.links import inside
@@ -65,6 +66,7 @@ class LocalFile:
 
     def __init__(self, path: pathlib.Path):
         self.name = str(path)
+        _state(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         state = os.fstat(self._file.fileno())
         self.size = state.st_size
@@ -119,7 +121,7 @@ class LocalFolder:
         if not os.path.lexists(self.path / name):
             raise FileNotFoundError(f"There is no {self.path / name}.")
         path = inside(self.path, name)
-        check_small(str(path), path.stat().st_size)
+        check_small(str(path), _state(path).st_size)
         return path.read_bytes()
 
     def open(self, name: str) -> LocalFile:
@@ -140,6 +142,14 @@ def check_small(where: str, size: int) -> None:
         raise ValueError(
             f"{where} is {size} bytes long; expected a small file of at most {MAX_SMALL_BYTES}."
         )
+
+
+def _state(path: pathlib.Path) -> os.stat_result:
+    """Of a file or directory; opening anything else may wait for ever, or never end."""
+    state = os.stat(path)
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
+        raise ValueError(f"{path} is a device or a pipe; expected a file. Remove it.")
+    return state
 
 
 def _identity(state: os.stat_result) -> tuple:

@@ -25,6 +25,8 @@ class RemoteFile:
         self.name = name
         self._filesystem, self._path = filesystem, path
         self._identity = self._facts()
+        if not self._identity.get("size", "").isdigit():
+            raise ValueError(f"{name}: the server does not say how long it is. Copy it to a disk.")
         self.size = int(self._identity["size"])
 
     def read_into(self, offset: int, target: memoryview) -> int:
