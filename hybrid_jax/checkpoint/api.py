@@ -4,15 +4,16 @@ import dataclasses
 import functools
 import pathlib
 
+import jax
 import numpy as np
 
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, saving
+from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, loading, saving
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
 from hybrid_jax.checkpoint.conversion import dump_json
 from hybrid_jax.checkpoint.convert import check_format
 from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
-from hybrid_jax.checkpoint.formats.protocol import TAGS, TensorInfo
+from hybrid_jax.checkpoint.formats.protocol import TAGS, RangedSource, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsLayout
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
@@ -20,29 +21,62 @@ from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
+from hybrid_jax.model.parallel.placement import Placement
+from sharding import processes
 
 
-def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.Model:
+def load(
+    path,
+    dtype: str = "float32",
+    *,
+    placement: Placement | None = None,
+    check_finite: bool = True,
+) -> models.Model:
     """The model in a directory of any supported format, with `dtype` parameters and computation.
 
     Args:
         path: Hugging Face directory (released names, transformers' `minimax`, M2; FP8 is
             multiplied with its scales), Orbax as `save` and `convert` write it, or a training run,
-            whose newest good checkpoint is taken.
+            whose newest good checkpoint is taken. A Hugging Face directory may be in object
+            storage: `s3://...`, `gs://...` or what else fsspec knows.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
+        placement: Devices that the parameters are split over, also of several processes, all of
+            which must call; None for the first device. Each process reads what its devices hold:
+            of safetensors those bytes, from Orbax the tensors they are in, or all if it is one of
+            several.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:
-        ValueError: naming the file, field or tensor that is wrong.
+        ValueError: naming the file, field or tensor that is wrong; or dims that do not divide.
+            What one process refuses, all refuse.
     """
+    found: list[models.Model] = []
+
+    def read() -> None:
+        found.append(_load(path, dtype, placement, check_finite))
+
+    if placement is not None and placement.mesh.is_multi_process:
+        processes.all_pass(read)
+    else:
+        read()
+    return found.pop()
+
+
+def _load(path, dtype: str, placement, check_finite: bool) -> models.Model:
     dtypes = model_lib.Dtypes(parameters=dtype, compute=dtype)
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(checkpoint.config, dtypes=dtypes)
+        where = {} if placement is None else leaves.shardings(config, placement)
 
-        def read(leaf: str, shape, leaf_dtype: np.dtype) -> np.ndarray:
-            return checkpoint.read_leaf(leaf, shape, leaf_dtype, check_finite)
+        def read(leaf: str, shape, leaf_dtype: np.dtype) -> jax.Array:
+            return loading.load(
+                checkpoint, leaf, shape, leaf_dtype, where.get(leaf), check_finite=check_finite
+            )
 
-        return leaves.fill(config, read)
+        model = leaves.fill(config, read)
+        if isinstance(checkpoint.source, RangedSource):
+            checkpoint.source.check_unchanged()
+        return model
 
 
 def save(

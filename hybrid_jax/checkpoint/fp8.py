@@ -1,7 +1,10 @@
 """FP8 weights with a scale a block: W[i, j] = stored[i, j] * scale_inv[i // 128, j // 128]."""
 
+import itertools
+
 import numpy as np
 
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 
 SCALE_SUFFIX = "_scale_inv"
@@ -41,10 +44,33 @@ def scale_shape(weight: TensorInfo, block: tuple[int, int]) -> tuple[int, int]:
     return -(-rows // block[0]), -(-columns // block[1])
 
 
-def dequantize(stored: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """The weight in float32. Despite its name, the stored inverse scale multiplies."""
+def scale_part(rows: np.ndarray, columns: np.ndarray, block: tuple[int, int]) -> Box:
+    """The scales that these rows and columns of a weight need; both ascending, neither empty."""
+    begin = rows[0] // block[0], columns[0] // block[1]
+    return Box(begin, (rows[-1] // block[0] + 1, columns[-1] // block[1] + 1))
+
+
+def dequantize(
+    stored: np.ndarray,
+    scale: np.ndarray,
+    block: tuple[int, int],
+    rows: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
+) -> np.ndarray:
+    """The weight in float32. Despite its name, the stored inverse scale multiplies.
+
+    Of a part of it: `rows` and `columns` say which, and `scale` is what `scale_part` names.
+    """
     weight = stored.astype(np.float32)
-    for i in range(scale.shape[0]):
-        rows = weight[i * block[0] : (i + 1) * block[0]]
-        rows *= np.repeat(scale[i].astype(np.float32), block[1])[None, : weight.shape[1]]
+    if not weight.size:
+        return weight
+    rows, columns = (
+        np.arange(size) if index is None else index
+        for size, index in zip(stored.shape, (rows, columns), strict=True)
+    )
+    block_of_row, block_of_column = rows // block[0], columns // block[1]
+    first = np.flatnonzero(np.diff(block_of_row, prepend=-1))
+    factors = scale.astype(np.float32)[:, block_of_column - block_of_column[0]]
+    for begin, end in itertools.pairwise([*first, len(rows)]):
+        weight[begin:end] *= factors[block_of_row[begin] - block_of_row[0]]
     return weight

@@ -7,11 +7,21 @@ from flax import nnx
 
 from hybrid_jax import model as models
 from hybrid_jax.config.model import ModelConfig
+from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.model.params import logical_axes
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter; allocates nothing."""
     return {path: leaf.shape for path, leaf in _flat(models.abstract(config)).items()}
+
+
+def shardings(config: ModelConfig, placement: Placement) -> dict[str, jax.sharding.NamedSharding]:
+    """Path -> where a placement stores it; ValueError if a dim does not divide."""
+    return {
+        path: placement.parameter(path, logical_axes(param), param.shape)
+        for path, param in _flat(models.abstract(config)).items()
+    }
 
 
 def arrays(model: models.Model) -> dict[str, jax.Array]:
@@ -20,7 +30,7 @@ def arrays(model: models.Model) -> dict[str, jax.Array]:
 
 
 def fill(config: ModelConfig, read) -> models.Model:
-    """A model whose parameters are `read(path, shape, dtype)`, numpy arrays, one at a time."""
+    """A model whose parameters are `read(path, shape, dtype)`, numpy's or JAX's, one at a time."""
     graph, state = nnx.split(models.abstract(config))
     filled = [
         (path, param.replace(jnp.asarray(read(_name(path), param.shape, np.dtype(param.dtype)))))

@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
 
-from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves
+from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, parts
 from hybrid_jax.checkpoint.formats import orbax, protocol, training_run
-from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
+from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, HfDirectory
 from hybrid_jax.checkpoint.formats.merged import Merged
+from hybrid_jax.checkpoint.formats.remote import RemoteFolder, is_remote
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
@@ -25,7 +28,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class Checkpoint:
     """Every stored tensor is in exactly one of `rules`, `scales` and `derived`."""
 
-    path: pathlib.Path
+    folder: Folder
+    """Where it lies; for messages, and for the other files in it."""
     config: model_lib.ModelConfig
     description: hf_config.Description | None
     """config.json, for published names."""
@@ -62,18 +66,38 @@ class Checkpoint:
             yield name, array
 
     @property
+    def path(self) -> pathlib.Path:
+        """The directory; ValueError for one in object storage."""
+        if not isinstance(self.folder, LocalFolder):
+            raise ValueError(
+                f"{self.folder} can only be loaded from where it is. For this, copy it to a disk."
+            )
+        return self.folder.path
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters of our tree that it fills, by name."""
         return leaves.shapes(self.config)
 
+    @functools.cached_property
+    def order(self) -> dict[str, int]:
+        """Stored name -> its number where reading is cheapest."""
+        return {name: number for number, name in enumerate(self.source.tensors)}
+
+    @functools.cached_property
+    def _rules_of(self) -> dict[str, list[Rule]]:
+        found: dict[str, list[Rule]] = {}
+        for rule in self.rules.values():
+            found.setdefault(rule.leaf, []).append(rule)
+        return found
+
+    def rules_of(self, leaf: str) -> list[Rule]:
+        """Of all tensors that hold a part of a parameter."""
+        return self._rules_of[leaf]
+
     def read_leaf(self, leaf: str, shape, dtype: np.dtype, check_finite: bool = True):
         """One parameter of our tree: an array put together from all tensors that hold a part."""
-        by_name = {rule.name: rule for rule in self.rules.values() if rule.leaf == leaf}
-        array = np.empty(shape, dtype)
-        for name, stored in self.read(by_name, dequantize=True, check_finite=check_finite):
-            rule = by_name[name]
-            array[rule.slices()] = rule.to_block(stored).astype(dtype)
-        return array
+        return parts.whole(self, leaf, shape, dtype, check_finite=check_finite)
 
     def _check(self, name: str, array: np.ndarray, check_finite: bool) -> None:
         if check_finite:
@@ -84,40 +108,50 @@ class Checkpoint:
 def open_checkpoint(path, step: int | None = None):
     """The checkpoint in a directory: Hugging Face, Orbax as written here, or a training run.
 
-    Of a run it is that of `step`, or the newest good one; what LoRA learnt is merged in.
+    Of a run it is that of `step`, or the newest good one; what LoRA learnt is merged in. Hugging
+    Face directories may also be in object storage (`s3://...`).
     ValueError names the file, field or tensor that is missing, extra, of a wrong shape or dtype.
     """
+    folder: Folder = RemoteFolder(path) if is_remote(path) else LocalFolder(path)
+    local = None if is_remote(path) else _directory(path)
+    source: protocol.Source
+    if local is not None and orbax.is_orbax(local):
+        source = directory = orbax.OrbaxDirectory(local)
+        understand = {"published": _published, "tree": _own}[directory.vocabulary]
+    elif local is not None and training_run.is_training_run(local):
+        source, understand = training_run.TrainingRun(local, step), _run
+    elif folder.has(CONFIG_JSON) or any(SUFFIX in name for name in folder.names()):
+        understand = _published
+        # The config first: without it no tensor has a meaning.
+        hf_config.read_from(folder, CONFIG_JSON)
+        source = HfDirectory(folder)
+    else:
+        raise ValueError(
+            f"{folder} is no checkpoint: expected config.json with safetensors files (Hugging "
+            f"Face) or, on a disk, {orbax.INDEX_NAME} with Orbax weights, or the directory of a "
+            "training run."
+        )
+    with contextlib.closing(source):
+        if step is not None and understand is not _run:
+            raise ValueError(
+                f"{folder} is one checkpoint and no run: it has no step {step} to choose."
+            )
+        yield understand(folder, source)
+
+
+def _directory(path) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; expected a checkpoint directory.")
-    if orbax.is_orbax(path):
-        directory = orbax.OrbaxDirectory(path)
-        source: protocol.Source = directory
-        understand = {"published": _published, "tree": _own}[directory.vocabulary]
-    elif training_run.is_training_run(path):
-        source, understand = training_run.TrainingRun(path, step), _run
-    elif (path / CONFIG_JSON).is_file() or list(path.glob("*.safetensors*")):
-        understand = _published
-        # The config first: without it no tensor has a meaning.
-        hf_config.read_json(path / CONFIG_JSON)
-        source = HfDirectory(path)
-    else:
-        raise ValueError(
-            f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), "
-            f"{orbax.INDEX_NAME} with Orbax weights, or the directory of a training run."
-        )
-    if step is not None and understand is not _run:
-        raise ValueError(f"{path} is one checkpoint and no run: it has no step {step} to choose.")
-    with contextlib.closing(source):
-        yield understand(path, source)
+    return path
 
 
-def _published(path: pathlib.Path, source) -> Checkpoint:
-    where = path / CONFIG_JSON
-    description = hf_config.describe(hf_config.read_json(where), str(where))
+def _published(folder: Folder, source) -> Checkpoint:
+    where = folder.where(CONFIG_JSON)
+    description = hf_config.describe(hf_config.read_from(folder, CONFIG_JSON), where)
     config, stored = description.model, source.tensors
-    block = fp8.block_size(description.json, str(where))
+    block = fp8.block_size(description.json, where)
     rules = {rule.name: rule for rule in minimax.rules(config, stored)}
     derived = [
         name
@@ -132,30 +166,30 @@ def _published(path: pathlib.Path, source) -> Checkpoint:
         for name in rules
         if name in stored and stored[name].dtype in fp8.FP8_TAGS
     }
-    checkpoint = Checkpoint(path, config, description, source, rules, scales, derived, block)
+    checkpoint = Checkpoint(folder, config, description, source, rules, scales, derived, block)
     _check_names(checkpoint)
     for name, rule in rules.items():
         _check_weight(checkpoint, stored[name], rule)
     return checkpoint
 
 
-def _own(path: pathlib.Path, source) -> Checkpoint:
-    config = text.read_yaml(model_lib.ModelConfig, path / CONFIG_YAML)
-    return _of_rules(path, source, config, tree.rules(config, leaves.shapes(config)))
+def _own(folder: Folder, source) -> Checkpoint:
+    config = text.read_yaml(model_lib.ModelConfig, folder.where(CONFIG_YAML))
+    return _of_rules(folder, source, config, tree.rules(config, leaves.shapes(config)))
 
 
-def _run(path: pathlib.Path, source) -> Checkpoint:
-    run, step = text.read_yaml(TrainConfig, path / CONFIG_YAML), source.step
+def _run(folder: Folder, source) -> Checkpoint:
+    run, step = text.read_yaml(TrainConfig, folder.where(CONFIG_YAML)), source.step
     config = run.model
     if isinstance(run.tuning, LoRA):
         source = Merged(source, run.tuning.scale)
     whole = [Rule(leaf, shape, leaf) for leaf, shape in leaves.shapes(config).items()]
-    return dataclasses.replace(_of_rules(path, source, config, whole), step=step)
+    return dataclasses.replace(_of_rules(folder, source, config, whole), step=step)
 
 
-def _of_rules(path: pathlib.Path, source, config: model_lib.ModelConfig, rules) -> Checkpoint:
+def _of_rules(folder: Folder, source, config: model_lib.ModelConfig, rules) -> Checkpoint:
     by_name = {rule.name: rule for rule in rules}
-    checkpoint = Checkpoint(path, config, None, source, by_name, {}, [], None)
+    checkpoint = Checkpoint(folder, config, None, source, by_name, {}, [], None)
     _check_names(checkpoint)
     for name, rule in by_name.items():
         _check_weight(checkpoint, source.tensors[name], rule)
@@ -171,14 +205,14 @@ def _check_names(checkpoint: Checkpoint) -> None:
     if missing:
         near = text.near_names(missing[0], [name for name in stored if name not in known])
         raise ValueError(
-            f"{checkpoint.path} lacks {len(missing)} tensors that its config asks for, first "
+            f"{checkpoint.folder} lacks {len(missing)} tensors that its config asks for, first "
             f"{missing[0]!r}.{near}"
         )
     extra = [name for name in stored if name not in known]
     if extra:
         raise ValueError(
             f"{checkpoint.source.locate(extra[0])} holds {extra[0]!r}, which the model of "
-            f"{checkpoint.path} has no place for ({len(extra)} such tensors in all)."
+            f"{checkpoint.folder} has no place for ({len(extra)} such tensors in all)."
             f"{text.near_names(extra[0], checkpoint.rules)}"
         )
 

@@ -101,7 +101,7 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
         covering = [rule for rule in near if rule.covers(target)]
         if not covering:
             raise ValueError(
-                f"{checkpoint.path} has no single tensor that holds {target.name!r} of the "
+                f"{checkpoint.folder} has no single tensor that holds {target.name!r} of the "
                 "released vocabulary. Convert to `hf` or `orbax` instead."
             )
         stored = checkpoint.source.tensors[covering[0].name]

@@ -40,13 +40,9 @@ def model(directory: pathlib.Path, dtype: str, mesh: str | None, rules: str, row
     """
     import hybrid_jax
 
-    loaded = hybrid_jax.load(directory, dtype=dtype)
-    if mesh is None:
-        return loaded, None
-    from flax import nnx
+    placement = None
+    if mesh is not None:
+        from hybrid_jax.model.parallel import placement as placements
 
-    from hybrid_jax.model.parallel import placement as placements
-
-    placement = placements.make(mesh, rules).for_decoding(rows)
-    graphdef, params = nnx.split(loaded)
-    return nnx.merge(graphdef, placement.place(params)), placement
+        placement = placements.make(mesh, rules).for_decoding(rows)
+    return hybrid_jax.load(directory, dtype=dtype, placement=placement), placement

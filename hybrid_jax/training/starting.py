@@ -139,7 +139,8 @@ def _check_same_parameters(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     ]
     if problems:
         raise ValueError(
-            f"The parameters of {checkpoint.path} are not those of model {skeleton.config.name}:\n"
+            f"The parameters of {checkpoint.folder} are not those of model "
+            f"{skeleton.config.name}:\n"
             + "\n".join(problems)
             + "\nStart with another checkpoint, or give this run that model."
         )

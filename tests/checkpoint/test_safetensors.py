@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 
 import ml_dtypes
@@ -26,7 +27,7 @@ MALFORMED = {
     "all ones": (b"\xff" * 40, "the limit is"),
     "not JSON": ((8).to_bytes(8, "little") + b"{nonono}", "header is bad"),
     "not UTF-8": ((8).to_bytes(8, "little") + b'{"\xff":1}x', "header is bad"),
-    "a list": ((2).to_bytes(8, "little") + b"[]", "JSON list"),
+    "a list": ((2).to_bytes(8, "little") + b"[]", "not begin with an object"),
     "deep": ((20000).to_bytes(8, "little") + b"[" * 20000, "header is bad"),
     "truncated data": (header({"a": A}) + bytes(20), "truncated"),
     "trailing data": (header({"a": A}) + bytes(30), "6 bytes behind"),
@@ -37,7 +38,7 @@ MALFORMED = {
     "overlap": (header({"a": A, "b": A | {"data_offsets": [8, 32]}}) + bytes(32), "'b'.*overlaps"),
     "late start": (header({"a": A | {"data_offsets": [8, 32]}}) + bytes(32), "'a'.*hole"),
     "shape and offsets": (header({"a": A | {"shape": [2, 4]}}) + bytes(24), "32 bytes.*span 24"),
-    "overflowing shape": (header({"a": A | {"shape": [LONG, LONG]}}) + bytes(24), "'a'.*span 24"),
+    "overflowing shape": (header({"a": A | {"shape": [LONG, LONG]}}) + bytes(24), "'a'.*>= 0 of"),
     "negative size": (header({"a": A | {"shape": [-2, -3]}}) + bytes(24), "'a'.*>= 0"),
     "negative offset": (header({"a": A | {"data_offsets": [-24, 0]}}) + bytes(24), "'a'.*>= 0"),
     "true as size": (header({"a": A | {"shape": [True, 6]}}) + bytes(24), "'a'.*>= 0"),
@@ -84,16 +85,6 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
     (tmp_path / "m.safetensors").write_bytes(length.to_bytes(8, "little") + raw + bytes(24))
     with contextlib.closing(SafetensorsFile(tmp_path / "m.safetensors")) as file:
         assert file.read("a").shape == (2, 3)
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
-    path = tmp_path / "model.safetensors"
-    write_safetensors(path, {"a": np.ones((64,), np.float32)})
-    file = SafetensorsFile(path)
-    with open(path, "r+b") as other:
-        other.truncate(path.stat().st_size - 8)
-    with contextlib.closing(file), pytest.raises(ValueError, match="'a' ends after 248 of 256"):
-        file.read("a")
 
 
 def test_every_dtype_comes_back_as_it_was_written_and_as_the_library_reads_it(tmp_path):
@@ -199,7 +190,10 @@ def test_a_bad_index_is_refused_by_name(tmp_path, change, message):
         HfDirectory(directory)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", "[" * 20000])
+TWICE = '{"weight_map": {"t0": "a.safetensors", "t0": "b.safetensors"}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null", "[" * 20000, "\xff", TWICE])
 def test_an_index_that_is_no_index_is_refused(tmp_path, content):
     directory = _sharded(tmp_path)
     (directory / INDEX).write_text(content)
@@ -249,3 +243,14 @@ def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path):
     (outside / "model.safetensors").symlink_to("model.safetensors")
     with pytest.raises(ValueError, match="leads to no file"):
         HfDirectory(outside)
+    (outside / INDEX).symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="outside the directory"):
+        HfDirectory(outside)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / name).symlink_to("pipe")
+    with pytest.raises(ValueError, match=f"{name} is a device or a pipe"):
+        HfDirectory(tmp_path)

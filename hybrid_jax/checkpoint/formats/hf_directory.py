@@ -1,33 +1,46 @@
 """A Hugging Face directory: safetensors in one file or in shards that an index names."""
 
+import concurrent.futures
 import json
+import os
 import pathlib
 
 import numpy as np
 
-from hybrid_jax.checkpoint.formats.links import inside
+from hybrid_jax.checkpoint.boxes import Box
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
+from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile, unique
 from hybrid_jax.checkpoint.formats.safetensors_writer import INDEX_NAME
 
+SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Files opened at a time.
+_OPENING = 16
 
 
 class HfDirectory:
     """All tensors of a directory, checked against the index if there is one.
 
     ValueError names the file and the tensor of whatever is missing, extra, outside the directory or
-    not safetensors.
+    not safetensors, and of what is read from a file that has changed since it was opened.
     """
 
     def __init__(self, directory):
-        self.path = pathlib.Path(directory)
+        """Of a path, or of a `files.Folder`."""
+        local = isinstance(directory, str | os.PathLike)
+        self.folder: Folder = LocalFolder(directory) if local else directory
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        weight_map = _read_index(self.path)
-        names = _weight_files(self.path) if weight_map is None else sorted(set(weight_map.values()))
+        weight_map = read_index(self.folder)
+        present = self.folder.names()
+        if weight_map is None:
+            names = _weight_files(self.folder, present)
+        else:
+            names = _named_files(self.folder, present, weight_map)
         try:
+            self._open(names)
             for name in names:
                 self._add(name)
             if weight_map is not None:
@@ -36,60 +49,83 @@ class HfDirectory:
             self.close()
             raise
 
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, in this process so far."""
+        return sum(file.bytes_read for file in self._files.values())
+
     def read(self, name: str) -> np.ndarray:
         """One tensor of its stored dtype."""
         return self._files[self._file_of[name]].read(name)
+
+    def read_part(self, name: str, shape: tuple[int, ...], part: Box) -> np.ndarray:
+        """A part of a tensor, seen in `shape`; several threads may read."""
+        return self._files[self._file_of[name]].read_part(name, shape, part)
 
     def read_many(self, names):
         """The named tensors one after the other."""
         for name in names:
             yield name, self.read(name)
+        self.check_unchanged()
 
     def locate(self, name: str) -> str:
         """Path of the file that holds a tensor."""
-        return str(self.path / self._file_of[name])
+        return self.folder.where(self._file_of[name])
+
+    def check_unchanged(self) -> None:
+        """ValueError if a file is not as it was when it was opened."""
+        with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+            list(pool.map(SafetensorsFile.check_unchanged, self._files.values()))
 
     def close(self) -> None:
         """Release all files."""
         for file in self._files.values():
             file.close()
 
+    def _open(self, names: list[str]) -> None:
+        def one(name: str) -> None:
+            file = SafetensorsFile(self.folder.where(name), self.folder.open(name))
+            self._files[name] = file
+
+        # Headers of hundreds of shards, each a request or two to a store.
+        with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+            for opening in [pool.submit(one, name) for name in names]:
+                opening.result()
+
     def _add(self, name: str) -> None:
-        file = SafetensorsFile(inside(self.path, name))
-        self._files[name] = file
-        for tensor, info in file.tensors.items():
+        for tensor, info in self._files[name].tensors.items():
             if tensor in self._file_of:
                 raise ValueError(
-                    f"{self.path / name}: tensor {tensor!r} is also in "
+                    f"{self.folder.where(name)}: tensor {tensor!r} is also in "
                     f"{self._file_of[tensor]}; each must be stored once."
                 )
             self._file_of[tensor] = name
             self.tensors[tensor] = info
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
-        index = self.path / INDEX_NAME
+        index = self.folder.where(INDEX_NAME)
         for tensor, name in weight_map.items():
             if self._file_of.get(tensor) != name:
                 raise ValueError(f"{index} says that {tensor!r} is in {name}, but it is not there.")
         for tensor, name in self._file_of.items():
             if tensor not in weight_map:
                 raise ValueError(
-                    f"{self.path / name} holds {tensor!r}, which {index} does not name."
+                    f"{self.folder.where(name)} holds {tensor!r}, which {index} does not name."
                 )
-        extra = sorted(p.name for p in self.path.glob("*.safetensors") if p.name not in self._files)
-        if extra:
-            raise ValueError(
-                f"{self.path / extra[0]} is not named in {INDEX_NAME}: its tensors would be left "
-                "out. Remove the file or the index."
-            )
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    path = directory / INDEX_NAME
-    if not path.exists():
+def read_index(folder: Folder) -> dict[str, str] | None:
+    """Tensor -> file of the index, None without one; ValueError if it leads anywhere else.
+
+    Whether the files are there is not asked.
+    """
+    path = folder.where(INDEX_NAME)
+    try:
+        raw = folder.read_bytes(INDEX_NAME)
+    except FileNotFoundError:
         return None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON with a `weight_map`: {error}.") from error
     if not isinstance(index, dict) or "weight_map" not in index:
@@ -102,35 +138,49 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     for tensor, name in weight_map.items():
         # A plain file name only: an index comes from the net and must not reach around the disk.
         plain = isinstance(name, str) and name == pathlib.PurePath(name).name and "\\" not in name
-        if not plain or not name.endswith(".safetensors"):
+        if not plain or not name.endswith(SUFFIX):
             raise ValueError(
-                f"{path}: tensor {tensor!r} points to {name!r}; expected the plain name of a "
+                f"{path}: tensor {tensor!r} points to {name!r:.200}; expected the plain name of a "
                 "safetensors file in the same directory."
-            )
-        if not (directory / name).is_file():
-            raise ValueError(
-                f"{path}: tensor {tensor!r} should be in {name}, but there is no such file in "
-                f"{directory}. Download it."
             )
     return weight_map
 
 
-def _weight_files(directory: pathlib.Path) -> list[str]:
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
+def _named_files(folder: Folder, present: list[str], weight_map: dict[str, str]) -> list[str]:
+    """The files of an index, which must be all that there are."""
+    index, there = folder.where(INDEX_NAME), set(present)
+    for tensor, name in weight_map.items():
+        if name not in there:
+            raise ValueError(
+                f"{index}: tensor {tensor!r} should be in {name}, but there is no such file in "
+                f"{folder}. Download it."
+            )
+    names = sorted(set(weight_map.values()))
+    extra = sorted({name for name in there if name.endswith(SUFFIX)} - set(names))
+    if extra:
+        raise ValueError(
+            f"{folder.where(extra[0])} is not named in {INDEX_NAME}: its tensors would be left "
+            "out. Remove the file or the index."
+        )
+    return names
+
+
+def _weight_files(folder: Folder, present: list[str]) -> list[str]:
+    names = [name for name in present if name.endswith(SUFFIX)]
     if len(names) == 1:
         return names
     if names:
         raise ValueError(
-            f"{directory} holds {len(names)} safetensors files ({names[0]}, ...) but no "
+            f"{folder} holds {len(names)} safetensors files ({names[0]}, ...) but no "
             f"{INDEX_NAME} that says what belongs together. Download the index."
         )
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    pickles = [name for name in present if name.endswith(_PICKLES)]
     if pickles:
         raise ValueError(
-            f"{directory} holds only pickled weights ({pickles[0]}). Pickles can run code and are "
+            f"{folder} holds only pickled weights ({pickles[0]}). Pickles can run code and are "
             "never opened here; download the safetensors files or save the model with "
             "`save_pretrained` in transformers."
         )
     raise ValueError(
-        f"{directory} holds no safetensors file (`model.safetensors` or shards with an index)."
+        f"{folder} holds no safetensors file (`model.safetensors` or shards with an index)."
     )

@@ -16,6 +16,11 @@ class Merged:
         ends = (lowrank.A, lowrank.B)
         self.tensors = {n: info for n, info in source.tensors.items() if not n.endswith(ends)}
 
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, in this process so far."""
+        return self._source.bytes_read
+
     def read(self, name: str) -> np.ndarray:
         """One weight, with what was learnt beside it."""
         weight = self._source.read(name)

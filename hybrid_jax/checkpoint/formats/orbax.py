@@ -115,6 +115,7 @@ class OrbaxDirectory:
         index = _read_index(self.path / INDEX_NAME)
         self.vocabulary: str = index["vocabulary"]
         self._entries = index["tensors"]
+        self.bytes_read = 0
         self.tensors = {
             name: _info(name, entry, self.path / INDEX_NAME)
             for name, entry in self._entries.items()
@@ -171,6 +172,7 @@ class OrbaxDirectory:
     def _checked(self, name: str, array) -> np.ndarray:
         info = self.tensors[name]
         array = np.asarray(array)
+        self.bytes_read += array.nbytes
         if array.dtype != protocol.DTYPES[info.dtype] or array.size * array.itemsize != info.nbytes:
             raise ValueError(
                 f"{self.locate(name)}: tensor {name!r} is {array.dtype}{list(array.shape)}, "

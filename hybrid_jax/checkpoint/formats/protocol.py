@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from hybrid_jax.checkpoint import digests
+from hybrid_jax.checkpoint.boxes import Box
 
 # Tags of the safetensors format; the wider formats (4 and 6 bits, E8M0) are in no release we read.
 DTYPES: dict[str, np.dtype] = {
@@ -52,6 +53,10 @@ class Source(typing.Protocol):
     tensors: dict[str, TensorInfo]
     """Everything stored, in the order in which reading is cheapest."""
 
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, in this process so far."""
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own. ValueError names the file when it cannot be read."""
 
@@ -66,6 +71,17 @@ class Source(typing.Protocol):
 
     def close(self) -> None:
         """Release all files."""
+
+
+@typing.runtime_checkable
+class RangedSource(Source, typing.Protocol):
+    """One that reads a part of a tensor without the rest; of others a part costs the whole."""
+
+    def read_part(self, name: str, shape: tuple[int, ...], part: Box) -> np.ndarray:
+        """A part of a tensor seen in `shape`, with as many values; several threads may read."""
+
+    def check_unchanged(self) -> None:
+        """ValueError if a file is not as it was when it was opened."""
 
 
 class Unit(typing.Protocol):

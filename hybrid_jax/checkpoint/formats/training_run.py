@@ -25,6 +25,7 @@ class TrainingRun:
         self.step, self._manifest = _good_step(pathlib.Path(directory), step)
         self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
+        self.bytes_read = 0
         try:
             stored = dict(self._orbax.metadata(self.path, ITEM).metadata)
         except Exception as error:
@@ -43,6 +44,7 @@ class TrainingRun:
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.
             raise ValueError(f"{self.path}: {name!r} cannot be read: {error!r:.500}") from error
+        self.bytes_read += array.nbytes
         bound = f"{ITEM}/{name}"
         try:
             digests.check_whole(bound, self._manifest.arrays[bound], array)

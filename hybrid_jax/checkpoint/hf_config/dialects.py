@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.hf_config import m2, native, original
 from hybrid_jax.checkpoint.hf_config.fields import CARRIED, Fields
 from hybrid_jax.config import layers, model
@@ -45,14 +46,22 @@ class Description:
 def read_json(path) -> dict:
     """A JSON object from a file; ValueError names the file if it is missing or something else."""
     path = pathlib.Path(path)
+    return read_from(LocalFolder(path.parent), path.name)
+
+
+def read_from(folder: Folder, name: str) -> dict:
+    """`read_json` of a file in a folder of any kind."""
+    path = folder.where(name)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        raw = folder.read_bytes(name)
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is missing; a checkpoint needs it to say what its tensors mean."
         ) from error
     except OSError as error:
-        raise ValueError(f"{path} must be a readable file: {error.strerror}.") from error
+        raise ValueError(f"{path} must be a readable file: {error.strerror or error}.") from error
+    try:
+        values = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(values, dict):

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from hybrid_jax.checkpoint.boxes import Box
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -29,14 +31,28 @@ class Rule:
     """The split dims in our order; None if they are already."""
 
     @property
+    def split_shape(self) -> tuple[int, ...]:
+        """The published shape with fused dims taken apart."""
+        return self.shape if self.split is None else self.split
+
+    @property
     def block_shape(self) -> tuple[int, ...]:
         """Shape of the block in our tree."""
-        split = self.split or self.shape
+        split = self.split_shape
         return tuple(split[i] for i in self.order) if self.order else split
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return tuple(range(len(self.split_shape))) if self.order is None else self.order
+
+    @property
+    def _picks(self) -> list[tuple[int, int]]:
+        """(dim of the leaf, the one index of it that is ours), ascending."""
+        return [(dim, item) for dim, item in enumerate(self.index) if item is not None]
 
     def to_block(self, published: np.ndarray) -> np.ndarray:
         """The published tensor as our block; a view."""
-        block = published.reshape(self.split or self.shape)
+        block = published.reshape(self.split_shape)
         return block.transpose(self.order) if self.order else block
 
     def from_block(self, block: np.ndarray) -> np.ndarray:
@@ -48,6 +64,41 @@ class Rule:
     def slices(self) -> tuple:
         """`index` as numpy understands it."""
         return tuple(slice(None) if item is None else item for item in self.index)
+
+    def share(self, part: Box) -> Box | None:
+        """What of the published tensor, in its split shape, lies in a part of the leaf, if any."""
+        if any(not part.begin[dim] <= item < part.end[dim] for dim, item in self._picks):
+            return None
+        picked = {dim for dim, _ in self._picks}
+        kept = [dim for dim in range(len(part.begin)) if dim not in picked]
+        # Dims of the leaf in the order of the published ones.
+        dims = [dim for _, dim in sorted(zip(self._order, kept, strict=True))]
+        return Box(*(tuple(side[dim] for dim in dims) for side in (part.begin, part.end)))
+
+    def place(self, share: Box) -> Box:
+        """Where a share lies in the leaf; the inverse of `share`."""
+        begin, end = ([side[dim] for dim in self._order] for side in (share.begin, share.end))
+        for dim, item in self._picks:
+            begin.insert(dim, item)
+            end.insert(dim, item + 1)
+        return Box(tuple(begin), tuple(end))
+
+    def to_part(self, values: np.ndarray) -> np.ndarray:
+        """The values of a share as they lie in the leaf at its `place`; a view."""
+        return np.expand_dims(values.transpose(self._order), [dim for dim, _ in self._picks])
+
+    def indices(self, share: Box) -> list[np.ndarray]:
+        """Of each dim of the published shape, which indices a share takes, ascending."""
+        sizes = list(zip(self.split_shape, share.begin, share.end, strict=True))
+        found = []
+        for whole in self.shape:
+            index, count = np.zeros(1, np.int64), 1
+            while sizes and (count < whole or sizes[0][0] == 1):
+                size, begin, end = sizes.pop(0)
+                index = (index[:, None] * size + np.arange(begin, end)).reshape(-1)
+                count *= size
+            found.append(index)
+        return found
 
     def covers(self, other: "Rule") -> bool:
         """Whether the other rule's block lies inside this one's."""

@@ -1,0 +1,124 @@
+"""Parameters straight into the memory of the devices that hold them, part by part."""
+
+import functools
+import typing
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.checkpoint import parts
+from hybrid_jax.checkpoint.boxes import Box, hull
+from hybrid_jax.checkpoint.formats import protocol
+
+if typing.TYPE_CHECKING:
+    from hybrid_jax.checkpoint.opened import Checkpoint
+
+# What the devices of this process hold of one parameter is put together on the host up to this
+# size: one transfer, and no program to compile. Beyond, pieces go to the devices as they come.
+HOST_BYTES = 1 << 26
+
+
+def load(
+    checkpoint: "Checkpoint",
+    leaf: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+    *,
+    check_finite: bool = True,
+) -> jax.Array:
+    """One parameter, of which this process reads what its own devices hold, and that once.
+
+    Without a sharding it is on the default device, whence JAX moves it to where it is used. Host
+    memory is that of a few pieces, whatever the size of the parameter; a device needs room for its
+    part of the parameter and one piece. Raises ValueError as `parts.read` does.
+    """
+    dtype = np.dtype(dtype)
+    devices = _devices(shape, sharding)
+    arrays: list[jax.Array] = []
+    has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
+    # Without ranges nothing is saved by leaving something out, and all processes read alike.
+    groups = _groups(devices) if has_ranges else [(hull(devices), list(devices))]
+    for part, boxes in groups:
+        on_host = part.size * dtype.itemsize <= HOST_BYTES
+        kind = _OnHost if on_host else _OnDevices
+        shards = [kind(box, dtype, devices[box]) for box in boxes]
+        filled = 0
+        for place, values in parts.read(checkpoint, leaf, part, dtype, check_finite=check_finite):
+            filled += values.size
+            for shard in shards:
+                common = shard.box.meet(place)
+                if common is not None:
+                    shard.put(common, values[common.within(place).slices])
+        assert filled == part.size, f"rules fill {filled} of {part.size} values of {leaf}"
+        arrays += [array for shard in shards for array in shard.finish()]
+    if sharding is None:
+        return arrays[0]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _devices(shape, sharding) -> dict[Box, list[jax.Device | None]]:
+    """What this process holds, and where."""
+    if sharding is None:
+        return {Box.whole(shape): [None]}
+    devices: dict[Box, list[jax.Device | None]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(Box.of(index or (), shape), []).append(device)
+    return devices
+
+
+def _groups(boxes: Iterable[Box]) -> list[tuple[Box, list[Box]]]:
+    """What to read at once, and which boxes are cut out of it.
+
+    All of them, if they fill the box around them: a tensor that several devices share is then read
+    once. Boxes of a sharding are equal or apart.
+    """
+    boxes = list(boxes)
+    around = hull(boxes)
+    if sum(box.size for box in boxes) == around.size:
+        return [(around, boxes)]
+    return [(box, [box]) for box in boxes]
+
+
+class _OnHost:
+    """A shard that goes to its devices when it is complete."""
+
+    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device | None]):
+        self.box = box
+        self._devices = devices
+        self._array = np.empty(box.shape, dtype)
+
+    def put(self, place: Box, values: np.ndarray) -> None:
+        """Values of this shard; `place` counts in the whole parameter."""
+        self._array[place.within(self.box).slices] = values
+
+    def finish(self) -> list[jax.Array]:
+        """The shard on each device."""
+        return [jax.device_put(self._array, device) for device in self._devices]
+
+
+class _OnDevices:
+    """A shard that is on its devices from the beginning."""
+
+    def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device | None]):
+        self.box = box
+        self._arrays = [jnp.zeros(box.shape, dtype, device=device) for device in devices]
+
+    def put(self, place: Box, values: np.ndarray) -> None:
+        """Values of this shard; `place` counts in the whole parameter."""
+        begin = np.asarray(place.within(self.box).begin, np.int32)
+        values = np.ascontiguousarray(values)
+        self._arrays = [_updated(array, values, begin) for array in self._arrays]
+        # Or transfers would queue up, and what they read from with them.
+        jax.block_until_ready(self._arrays)
+
+    def finish(self) -> list[jax.Array]:
+        """The shard on each device."""
+        return self._arrays
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _updated(array, values, begin):
+    return jax.lax.dynamic_update_slice(array, values, tuple(begin))
