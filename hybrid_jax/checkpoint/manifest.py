@@ -109,12 +109,7 @@ def verify(
     directory = pathlib.Path(directory)
     manifest = read(directory)
     present = set(_list(directory))
-    problems = [f"{each} is missing" for each in sorted(manifest.files.keys() - present)]
-    problems += [
-        f"{each} was not written by it" for each in sorted(present - manifest.files.keys())
-    ]
-    if name not in (None, manifest.name):
-        problems.append(f"it was written as {manifest.name}")
+    problems = _other_names(manifest, present, name)
     mine = sorted(present & manifest.files.keys())[number::of]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         look = lambda each: _differs(directory / each, *manifest.files[each], progress)
@@ -127,12 +122,45 @@ def verify(
     return manifest
 
 
+def glance(directory, *, name: str | None = None) -> tuple[Manifest, list[str]]:
+    """The manifest, and what names and sizes alone show to be otherwise; reads no file.
+
+    Raises as `read` does.
+    """
+    directory = pathlib.Path(directory)
+    manifest = read(directory)
+    present = set(_list(directory))
+    problems = _other_names(manifest, present, name)
+    for each in sorted(present & manifest.files.keys()):
+        if problem := _other_size(directory / each, manifest.files[each][0]):
+            problems.append(f"{each} {problem}")
+    return manifest, problems
+
+
+def _other_names(manifest: Manifest, present: set[str], name: str | None) -> list[str]:
+    problems = [f"{each} is missing" for each in sorted(manifest.files.keys() - present)]
+    problems += [
+        f"{each} was not written by it" for each in sorted(present - manifest.files.keys())
+    ]
+    if name not in (None, manifest.name):
+        problems.append(f"it was written as {manifest.name}")
+    return problems
+
+
+def _other_size(path: pathlib.Path, size: int) -> str | None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return None if found == size else f"has {found} bytes, not {size}"
+
+
 def _differs(path: pathlib.Path, size: int, digest: str, progress) -> str | None:
     """What is wrong with a file, for a reader."""
+    # A file that grew must not be read for hours.
+    if problem := _other_size(path, size):
+        return problem
     try:
-        # A file that grew must not be read for hours.
-        if path.stat().st_size != size:
-            return f"has {path.stat().st_size} bytes, not {size}"
         _, found = _hash_file(path, progress)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"

@@ -17,6 +17,7 @@ _COMMANDS = {
     "generate": "Continue a prompt with a checkpoint or a training run.",
     "eval": "Measure perplexity by length, needles, recall, or a task of lm_eval.",
     "convert": "Convert checkpoints between Hugging Face safetensors and Orbax.",
+    "inspect": "Show what a checkpoint holds, and what is missing, unknown or damaged.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
     "verify": "Say which checkpoints of a run are whole, and what is damaged.",

@@ -25,7 +25,7 @@ class HfDirectory:
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        weight_map = _read_index(self.path)
+        weight_map = read_index(self.path)
         names = _weight_files(self.path) if weight_map is None else sorted(set(weight_map.values()))
         try:
             for name in names:
@@ -84,7 +84,8 @@ class HfDirectory:
             )
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+def read_index(directory: pathlib.Path, *, need_files: bool = True) -> dict[str, str] | None:
+    """Tensor -> file of the index; None without one. ValueError if it leads anywhere else."""
     path = directory / INDEX_NAME
     if not path.exists():
         return None
@@ -107,7 +108,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
                 f"{path}: tensor {tensor!r} points to {name!r}; expected the plain name of a "
                 "safetensors file in the same directory."
             )
-        if not (directory / name).is_file():
+        if need_files and not (directory / name).is_file():
             raise ValueError(
                 f"{path}: tensor {tensor!r} should be in {name}, but there is no such file in "
                 f"{directory}. Download it."
