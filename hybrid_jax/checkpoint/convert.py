@@ -46,6 +46,7 @@ def convert(
     check_finite: bool = True,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    language_only: bool = False,
 ) -> Summary:
     """Convert the checkpoint in `src` to a new directory `dst` in `format`.
 
@@ -62,6 +63,7 @@ def convert(
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
+        language_only: Leave out the vision part of VL-01; without it such a source is refused.
 
     Raises:
         ValueError: what is wrong in `src`, naming file and tensor.
@@ -70,7 +72,7 @@ def convert(
     start = time.perf_counter()
     _check_arguments(src, dst, format, dtype)
     with open_checkpoint(src) as checkpoint:
-        plan = plans.make(checkpoint, format, dtype)
+        plan = plans.make(checkpoint, format, dtype, language_only=language_only)
         with atomic.new_directory(dst, overwrite=overwrite) as draft:
             write_config(draft, checkpoint, format, dtype, plan)
             sidecars.copy(sidecars.find(src), draft)

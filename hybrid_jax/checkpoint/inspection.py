@@ -71,13 +71,17 @@ class Inspection:
         return None not in self.listing.tensors.values()
 
 
-def inspect(path, *, preset: str | None = None, step: int | None = None) -> Inspection:
+def inspect(
+    path, *, preset: str | None = None, step: int | None = None, need_files: bool = True
+) -> Inspection:
     """Look at a directory of any format. What is wrong with it is in `problems`, not raised.
 
     Args:
         path: The directory; no weights are read.
         preset: Hold the tensors against this preset instead of the directory's own config.
         step: Of a run; its newest without.
+        need_files: Whether files that an index names and that are not there are a problem; else a
+            note.
 
     Raises:
         ValueError: it is no checkpoint at all, or there is no such preset or step.
@@ -88,9 +92,10 @@ def inspect(path, *, preset: str | None = None, step: int | None = None) -> Insp
     if found.listing.absent:
         absent = found.listing.absent
         count = len(set(found.listing.files.values()))
-        found.problems.append(
+        said = (
             f"{len(absent)} of {count} files that the index names are not here, first {absent[0]}."
         )
+        (found.problems if need_files else found.notes).append(said)
     run = _read_config(found)
     _choose(found, asked)
     if found.match is not None:

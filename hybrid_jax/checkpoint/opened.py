@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import warnings
 
 import numpy as np
 
@@ -119,6 +120,12 @@ def _published(path: pathlib.Path, source) -> Checkpoint:
     match = matching.published(description, source.tensors, str(where))
     block = fp8.block_size(description.json, str(where))
     match.require(path, source.locate)
+    if match.vision:
+        warnings.warn(
+            f"{path}: {len(match.vision)} tensors of its vision part, first {match.vision[0]!r}, "
+            "are not read: nothing here computes them.",
+            stacklevel=2,
+        )
     return Checkpoint(
         path,
         description.model,

@@ -20,7 +20,7 @@ _COMMANDS = {
     "inspect": "Show what a checkpoint holds, and what is missing, unknown or damaged.",
     "parity": "Compare a Hugging Face directory in transformers (or PyTorch) and here.",
     "bench": "Measure the model here against transformers, or predict kernels on a TPU.",
-    "verify": "Say which checkpoints of a run are whole, and what is damaged.",
+    "verify": "Read a checkpoint again: is it what was written? Compare two of any formats.",
     "doctor": "Say what is installed, and which kernels each kind of chip would get, and why.",
     "shard": "Say where every parameter would live on a mesh of devices.",
     "plan": "Compile a step for a pod that is not here: does it fit, how fast will it be?",

@@ -7,7 +7,7 @@ import typing
 
 import tyro
 
-from hybrid_jax.cli import json_report
+from hybrid_jax.cli import dry_run, json_report, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Args:
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Directory of the checkpoint, or of a run."""
-    dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Directory to create."""
     format: typing.Literal["orbax", "hf", "hf-original"]
     """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
+    dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")] = ""
+    """Directory to create; none with --dry-run."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """Dtype of all weights (routers stored in float32 stay so); as stored if not given."""
     json: pathlib.Path | None = None
@@ -36,6 +36,13 @@ class Args:
     """Replace a destination that is not empty."""
     allow_nonfinite: bool = False
     """Take weights that are NaN or infinite as they are."""
+    language_only: bool = False
+    """Of VL-01: leave the vision part out, which nothing here computes."""
+    dry_run: bool = False
+    """Write nothing: print where every tensor goes, or why it is refused. Of SRC, config.json and
+    the index are enough."""
+    full: bool = False
+    """With --dry-run: a line for each tensor instead of one for each kind."""
 
 
 def run(args: Args) -> int:
@@ -43,7 +50,9 @@ def run(args: Args) -> int:
     from hybrid_jax.checkpoint import convert
 
     json_report.check_writable(args.json)
-    with _progress_bar() as progress:
+    if args.dry_run:
+        return dry_run.run(args)
+    with progress_bar.of_names() as progress:
         summary = convert(
             args.src,
             args.dst,
@@ -52,6 +61,7 @@ def run(args: Args) -> int:
             progress,
             check_finite=not args.allow_nonfinite,
             overwrite=args.overwrite,
+            language_only=args.language_only,
         )
     print(
         f"{args.dst}: {summary.tensors:,} tensors, {summary.bytes / 1e9:.3f} GB in "
@@ -62,32 +72,3 @@ def run(args: Args) -> int:
         report = {"format": args.format, "dtype": args.dtype} | summary._asdict()
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-class _progress_bar:
-    """A progress line on a terminal (stderr); nothing where nobody watches."""
-
-    def __enter__(self):
-        import rich.console
-        import rich.progress
-
-        console = rich.console.Console(stderr=True)
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(),
-            rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("")
-        return self._update
-
-    def __exit__(self, *error):
-        self._bar.stop()
-
-    def _update(self, done: int, total: int, name: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=name)

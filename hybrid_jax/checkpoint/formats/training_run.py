@@ -17,13 +17,21 @@ class TrainingRun:
     All files are verified first, every parameter as it is read.
     """
 
-    def __init__(self, directory, step: int | None = None):
+    def __init__(
+        self, directory, step: int | None = None, verified: manifest.Manifest | None = None
+    ):
         """Of `step`, or of the newest that is as it was written: others are named in a warning.
+
+        `verified` is the manifest of `step`, if its files have just been held against it.
 
         Raises ValueError if there is none, or `step` is damaged, unfinished or not there.
         """
-        self.step, self._manifest = _good_step(pathlib.Path(directory), step)
-        self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
+        directory = pathlib.Path(directory)
+        if step is not None and verified is not None:
+            self.step, self._manifest = step, verified
+        else:
+            self.step, self._manifest = _good_step(directory, step)
+        self.path = (directory / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
         self.tensors = stored(self.path)
 
