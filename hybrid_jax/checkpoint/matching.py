@@ -84,8 +84,8 @@ def published(description: Description, stored: Stored, where: str) -> Match:
         rules[name] = dataclasses.replace(rule, name=name) if prefix else rule
     scales = {
         name: name + fp8.SCALE_SUFFIX
-        for name in rules
-        if _has_scale(name, stored, block, description.json)
+        for name, rule in rules.items()
+        if _has_scale(rule, stored, block, description.json)
     }
     used = {*rules, *scales.values()}
     rest = [name for name in stored if name not in used]
@@ -107,11 +107,12 @@ def of_rules(rules: Iterable[Rule], stored: Stored) -> Match:
     return _compared({rule.name: rule for rule in rules}, {}, [], [], stored, None)
 
 
-def _has_scale(name: str, stored: Stored, block, json: dict) -> bool:
+def _has_scale(rule: Rule, stored: Stored, block, json: dict) -> bool:
     """Whether a weight is in FP8; without its dtype, whether it should be."""
-    info, has_scale = stored.get(name), name + fp8.SCALE_SUFFIX in stored
+    name, info = rule.name, stored.get(rule.name)
     if info is not None:
         return info.dtype in fp8.FP8_TAGS
+    has_scale = name + fp8.SCALE_SUFFIX in stored and len(rule.shape) == 2
     if name not in stored or block is None:
         return has_scale
     return has_scale or (minimax.is_linear(name) and not fp8.is_excluded(name, json))

@@ -5,18 +5,15 @@ import json
 import re
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 
 from hybrid_jax import cli
-from hybrid_jax.checkpoint import convert, digests, inspection, leaves, manifest
+from hybrid_jax.checkpoint import convert, digests, inspection, manifest
 from hybrid_jax.checkpoint.names import folding
 from hybrid_jax.checkpoint.opened import open_checkpoint
-from hybrid_jax.config import recipes, text
-from hybrid_jax.config.data import Source
 from tests.checkpoint import published, releases
+from tests.checkpoint.runs import run_directory
 
 TEXT_01 = ("minimax-text-01", "minimax-m1-40k", "minimax-m1-80k")
 
@@ -209,22 +206,6 @@ def test_orbax_and_its_damage_are_told(tmp_path):
     )
     (tmp_path / "o" / "hybrid_jax.json").unlink()
     assert any("hybrid_jax.json" in each for each in inspection.inspect(tmp_path / "o").problems)
-
-
-def run_directory(path, steps=(9, 10)):
-    """A training run as its directory looks, of a preset, with parameters of ones."""
-    recipe = recipes.of_preset("nano", (Source(path="text"),))
-    params = {
-        name: jnp.asarray(np.ones(shape, np.float32))
-        for name, shape in leaves.shapes(recipe.model).items()
-    }
-    for step in steps:
-        place = path / "checkpoints" / str(step)
-        ocp.save_checkpointables(place, {"params": params, "optimizer": {"m": jnp.ones(3)}})
-        held = digests.hold({f"params/{name}": array for name, array in params.items()})
-        manifest.write(place, digests.describe(held))
-    text.write_yaml(recipe, path / "config.yaml")
-    return path
 
 
 def test_a_run_is_told_by_its_newest_good_step(tmp_path):

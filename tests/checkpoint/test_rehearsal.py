@@ -25,7 +25,7 @@ def lists():
 @pytest.mark.parametrize(
     "name, format, written, size, dropped",
     [
-        # 35 KiB a layer of tables: 64 * (1 + 256 + 256 + 256 * 256) float32 in each of 70.
+        # Four tables in each of 70 layers: 64 * (1 + 256 + 256 + 256 * 256) float32.
         ("text-01", "hf", 8243 + 280, 912_210_767_872 + 70 * 4 * 64 * (1 + 512 + 65536), 0),
         ("m2", "orbax", 96_103, 230_121_630_720, 0),
         ("vl-01", "hf-original", 8243, 912_210_767_872, 394),
@@ -57,14 +57,14 @@ WRONG = {
     ),
     "a layer too many": (
         lambda t: t | {n.replace(".79.", ".80."): f for n, f in t.items() if ".79." in n},
-        r"104 tensors have no place .*model\.layers\.80\.input_layernorm\.weight",
+        r"103 tensors have no place .*model\.layers\.80\.input_layernorm\.weight",
     ),
     "an expert too many": (
         lambda t: t | {W.replace(".31.", ".32."): ("BF16", (6144, 9216))},
         r"experts\.32\.w2\.weight",
     ),
     "a layer of another kind": (
-        lambda t: {n.replace("layers.14.self_attn.out", "layers.14.self_attn.o"): f
+        lambda t: {n.replace("layers.14.self_attn.out_", "layers.14.self_attn.o_"): f
                    for n, f in t.items()},
         r"missing: model\.layers\.14\.self_attn\.out_proj\.weight\. Did you mean",
     ),
@@ -84,12 +84,11 @@ def test_a_scale_of_m2_that_is_missing_or_too_many_is_refused(lists, tmp_path):
     scale = "model.layers.61.block_sparse_moe.experts.255.w1.weight_scale_inv"
     norm = "model.norm.weight_scale_inv"
     changed = {n: f for n, f in tensors.items() if n != scale} | {norm: ("F32", (1, 1))}
-    said = rehearsal.rehearse(
-        releases.write_index(tmp_path / "d", config, changed), "orbax"
-    ).problems
-    assert f"1 tensors are missing: {scale}" in said[0]
-    # A norm is never in FP8: the scale makes it look so, and the config does not.
-    assert not any(norm in each for each in said) or len(said) == 2
+    directory = releases.write_index(tmp_path / "d", config, changed)
+    missing, unknown = rehearsal.rehearse(directory, "orbax").problems
+    assert f"1 tensors are missing: {scale}" in missing
+    # A norm is never in FP8.
+    assert f"1 tensors have no place in the model: {norm}" in unknown
 
 
 def test_the_command_prints_the_mapping_and_writes_nothing(tmp_path, capsys):
@@ -127,7 +126,7 @@ def test_a_vision_language_model_is_converted_without_its_vision_part(tmp_path):
     config = releases.vl_01_config(text)
     source = published.write_directory(tmp_path / "vl", config, whole, shards=2)
     with (
-        pytest.warns(UserWarning, match="2 tensors of its vision part, first 'image_newline'"),
+        pytest.warns(UserWarning, match="2 tensors of its vision part, first"),
         pytest.raises(ValueError, match=r"2 tensors of a vision part.*--language-only"),
     ):
         convert(source, tmp_path / "x", "orbax")
@@ -148,5 +147,5 @@ def test_a_vision_language_config_without_its_language_is_refused():
     for inner in (None, [], {"model_type": "minimax_vl_01"}):
         with pytest.raises(ValueError, match=r"c\.json: 'text_config' must be the config of a lan"):
             hf_config.describe({"model_type": "minimax_vl_01", "text_config": inner}, "c.json")
-    with pytest.raises(ValueError, match=r"c\.json: text_config lacks .*'hidden_size'|text_config"):
+    with pytest.raises(ValueError, match=r"c\.json: text_config lacks the required field"):
         hf_config.describe({"model_type": "minimax_vl_01", "text_config": {}}, "c.json")
