@@ -1,6 +1,5 @@
 """What a conversion would do, from config.json and an index alone: nothing is read or written."""
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 
@@ -80,7 +79,6 @@ def _plan(found: inspection.Inspection, format, dtype, language_only: bool) -> p
     )
     plan = plans.make(checkpoint, format, dtype, language_only=language_only)
     if format != "orbax":
-        with contextlib.suppress(KeyError):
-            # A dtype that has no name there does not matter: the fields do.
-            hf_config.write(found.config, format, dtype or "bfloat16", described)
+        # Whether its config.json has a field for everything; its dtype is no matter of that.
+        hf_config.write(found.config, format, dtype or "bfloat16", described)
     return plan

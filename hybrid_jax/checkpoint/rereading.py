@@ -61,6 +61,8 @@ def reread(
     """
     begin, path = time.monotonic(), pathlib.Path(path)
     found = inspection.inspect(path)
+    if found.listing.container == listing.RUN:
+        raise ValueError(f"{path} is a training run; `verification.examine` reads its checkpoints.")
     has_manifest = (path / manifest.NAME).exists()
     if has_manifest and write_manifest:
         raise ValueError(
