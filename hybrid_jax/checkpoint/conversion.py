@@ -28,6 +28,7 @@ class Job:
     check_finite: bool
     shard_bytes: int
     group_bytes: int
+    language_only: bool
 
 
 class Conversion:
@@ -36,7 +37,7 @@ class Conversion:
     def __init__(self, job: Job, checkpoint: Checkpoint):
         self.job = job
         self.checkpoint = checkpoint
-        self.plan = plans.make(checkpoint, job.format, job.dtype)
+        self.plan = plans.make(checkpoint, job.format, job.dtype, language_only=job.language_only)
         self.layout: protocol.Layout
         if job.format == "orbax":
             self.layout = OrbaxLayout(

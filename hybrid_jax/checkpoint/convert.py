@@ -50,6 +50,7 @@ def convert(
     process: int = 0,
     of: int = 1,
     note=lambda said: None,
+    language_only: bool = False,
 ) -> Summary:
     """Convert the checkpoint in `src` to a new directory `dst` in `format`.
 
@@ -75,6 +76,7 @@ def convert(
             machines that see the same files; from 0.
         of: How many these are. Each writes its share; process 0 waits for all and finishes.
         note: Called with sentences about work that is there already, or waited for.
+        language_only: Leave out the vision part of VL-01; without it such a source is refused.
 
     Raises:
         ValueError: what is wrong in `src`, naming file and tensor; or with the arguments.
@@ -84,7 +86,7 @@ def convert(
     _check_arguments(src, dst, format, dtype)
     _check_counts(workers, process, of)
     job = conversions.Job(
-        os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes
+        os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes, language_only
     )
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)

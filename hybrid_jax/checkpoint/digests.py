@@ -87,6 +87,23 @@ def whole(name: str, array: np.ndarray) -> Array:
     return _describe(name, held)
 
 
+class Streamed:
+    """The description of an array whose bytes pass by in C order, never all at once."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str):
+        self._shape, self._dtype = shape, dtype
+        self._digest = _begun(name, shape, dtype, (0,) * len(shape), shape)
+
+    def add(self, piece) -> None:
+        """The next bytes."""
+        self._digest.update(piece)
+
+    def array(self) -> Array:
+        """When all have passed."""
+        whole = Shard((0,) * len(self._shape), self._shape, self._digest.hexdigest())
+        return Array(self._shape, self._dtype, (whole,))
+
+
 def merge(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """What several processes described of arrays that each has a part of, or some have, as one."""
     merged: dict[str, Array] = {}
@@ -216,9 +233,13 @@ def _place(index, shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(begin for begin, _ in bounds), tuple(end - begin for begin, end in bounds)
 
 
+def _begun(name: str, shape, dtype: str, begin, part_shape):
+    header = json.dumps([name, dtype, list(shape), list(begin), list(part_shape)]).encode()
+    return xxhash.xxh3_128(header + b"\0")
+
+
 def _digest(name: str, shape, dtype: str, begin, part: np.ndarray) -> str:
-    header = json.dumps([name, dtype, list(shape), list(begin), list(part.shape)]).encode()
-    digest = xxhash.xxh3_128(header + b"\0")
+    digest = _begun(name, shape, dtype, begin, part.shape)
     # As bytes: numpy's own buffers know no bfloat16.
     flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
     digest.update(flat.data)

@@ -38,6 +38,12 @@ def block_size(config: dict, where: str) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
+def is_excluded(name: str, config: dict) -> bool:
+    """Whether config.json keeps a weight out of the quantisation, by a module in its name."""
+    kept = config.get("quantization_config", {}).get("modules_to_not_convert") or ()
+    return any(f".{module}." in f".{name}." for module in kept)
+
+
 def scale_shape(weight: TensorInfo, block: tuple[int, int]) -> tuple[int, int]:
     """Shape of the scale of a two-dim weight; the last block of a row or column may be short."""
     rows, columns = weight.shape

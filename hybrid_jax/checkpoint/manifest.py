@@ -117,18 +117,7 @@ def verify(
     """
     directory = pathlib.Path(directory)
     manifest = read(directory)
-    present = set(_list(directory))
-    problems = [f"{each} is missing" for each in sorted(manifest.files.keys() - present)]
-    problems += [
-        f"{each} was not written by it" for each in sorted(present - manifest.files.keys())
-    ]
-    if name not in (None, manifest.name):
-        problems.append(f"it was written as {manifest.name}")
-    mine = sorted(present & manifest.files.keys())[number::of]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        look = lambda each: _differs(directory / each, *manifest.files[each], progress)
-        said = zip(mine, pool.map(look, mine))
-        problems += [f"{each} {problem}" for each, problem in said if problem]
+    problems = differing(directory, manifest, name=name, number=number, of=of, progress=progress)
     if problems:
         raise Damaged(
             f"The checkpoint {directory} is not what was written: {digests.listed(problems)}."
@@ -136,16 +125,82 @@ def verify(
     return manifest
 
 
-def _differs(path: pathlib.Path, size: int, digest: str, progress) -> str | None:
-    """What is wrong with a file, for a reader."""
+def differing(
+    directory,
+    manifest: Manifest,
+    hashed: Files | None = None,
+    *,
+    name: str | None = None,
+    number: int = 0,
+    of: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """What is not as a manifest says, a phrase a file; files that are `hashed` are not read."""
+    directory, hashed = pathlib.Path(directory), hashed or {}
+    present = set(_list(directory))
+    problems = _other_names(manifest, present, name)
+    mine = sorted(present & manifest.files.keys())[number::of]
+
+    def look(each: str) -> str | None:
+        if each in hashed:
+            return _other_contents(manifest.files[each], hashed[each])
+        return _differs(directory / each, *manifest.files[each], progress)
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        said = zip(mine, pool.map(look, mine))
+        problems += [f"{each} {problem}" for each, problem in said if problem]
+    return problems
+
+
+def glance(directory, *, name: str | None = None) -> tuple[Manifest, list[str]]:
+    """The manifest, and what names and sizes alone show to be otherwise; reads no file.
+
+    Raises as `read` does.
+    """
+    directory = pathlib.Path(directory)
+    manifest = read(directory)
+    present = set(_list(directory))
+    problems = _other_names(manifest, present, name)
+    for each in sorted(present & manifest.files.keys()):
+        if problem := _other_size(directory / each, manifest.files[each][0]):
+            problems.append(f"{each} {problem}")
+    return manifest, problems
+
+
+def _other_names(manifest: Manifest, present: set[str], name: str | None) -> list[str]:
+    problems = [f"{each} is missing" for each in sorted(manifest.files.keys() - present)]
+    problems += [
+        f"{each} was not written by it" for each in sorted(present - manifest.files.keys())
+    ]
+    if name not in (None, manifest.name):
+        problems.append(f"it was written as {manifest.name}")
+    return problems
+
+
+def _other_size(path: pathlib.Path, size: int) -> str | None:
     try:
-        # A file that grew must not be read for hours.
-        if path.stat().st_size != size:
-            return f"has {path.stat().st_size} bytes, not {size}"
-        _, found = _hash_file(path, progress)
+        found = path.stat().st_size
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    return None if found == digest else f"has other contents (xxh3-128 {found}, not {digest})"
+    return None if found == size else f"has {found} bytes, not {size}"
+
+
+def _differs(path: pathlib.Path, size: int, digest: str, progress) -> str | None:
+    """What is wrong with a file, for a reader."""
+    # A file that grew must not be read for hours.
+    if problem := _other_size(path, size):
+        return problem
+    try:
+        return _other_contents((size, digest), _hash_file(path, progress))
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+
+
+def _other_contents(written: tuple[int, str], found: tuple[int, str]) -> str | None:
+    if found[0] != written[0]:
+        return f"has {found[0]} bytes, not {written[0]}"
+    same = found[1] == written[1]
+    return None if same else f"has other contents (xxh3-128 {found[1]}, not {written[1]})"
 
 
 def _list(directory: pathlib.Path) -> list[str]:

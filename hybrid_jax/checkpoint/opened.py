@@ -4,16 +4,17 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import warnings
 
 import numpy as np
 
-from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, parts
+from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, matching, parts
 from hybrid_jax.checkpoint.formats import orbax, protocol, training_run
 from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, HfDirectory
 from hybrid_jax.checkpoint.formats.merged import Merged
 from hybrid_jax.checkpoint.formats.remote import RemoteFolder, is_remote
-from hybrid_jax.checkpoint.names import minimax, tree
+from hybrid_jax.checkpoint.names import tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
@@ -21,12 +22,10 @@ from hybrid_jax.config import text
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.config.tuning import LoRA
 
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
 
 @dataclasses.dataclass
 class Checkpoint:
-    """Every stored tensor is in exactly one of `rules`, `scales` and `derived`."""
+    """Every stored tensor is in exactly one of `rules`, `scales`, `derived` and `vision`."""
 
     folder: Folder
     """Where it lies; for messages, and for the other files in it."""
@@ -40,6 +39,8 @@ class Checkpoint:
     """FP8 weight -> its scale."""
     derived: list[str]
     """Known tensors that are not weights."""
+    vision: list[str]
+    """Weights of a vision part, which nothing here computes."""
     block: tuple[int, int] | None
     """Rows and columns that share an FP8 scale."""
     step: int | None = None
@@ -150,27 +151,26 @@ def _directory(path) -> pathlib.Path:
 def _published(folder: Folder, source) -> Checkpoint:
     where = folder.where(CONFIG_JSON)
     description = hf_config.describe(hf_config.read_from(folder, CONFIG_JSON), where)
-    config, stored = description.model, source.tensors
+    match = matching.published(description, source.tensors, where)
     block = fp8.block_size(description.json, where)
-    rules = {rule.name: rule for rule in minimax.rules(config, stored)}
-    derived = [
-        name
-        for name in stored
-        if name not in rules
-        and minimax.is_derived(
-            name, config.num_layers, may_have_extra_layers=description.may_have_extra_layers
+    match.require(folder, source.locate)
+    if match.vision:
+        warnings.warn(
+            f"{folder}: {len(match.vision)} tensors of its vision part, first {match.vision[0]!r}, "
+            "are not read: nothing here computes them.",
+            stacklevel=2,
         )
-    ]
-    scales = {
-        name: name + fp8.SCALE_SUFFIX
-        for name in rules
-        if name in stored and stored[name].dtype in fp8.FP8_TAGS
-    }
-    checkpoint = Checkpoint(folder, config, description, source, rules, scales, derived, block)
-    _check_names(checkpoint)
-    for name, rule in rules.items():
-        _check_weight(checkpoint, stored[name], rule)
-    return checkpoint
+    return Checkpoint(
+        folder,
+        description.model,
+        description,
+        source,
+        match.rules,
+        match.scales,
+        match.derived,
+        match.vision,
+        block,
+    )
 
 
 def _own(folder: Folder, source) -> Checkpoint:
@@ -188,62 +188,6 @@ def _run(folder: Folder, source) -> Checkpoint:
 
 
 def _of_rules(folder: Folder, source, config: model_lib.ModelConfig, rules) -> Checkpoint:
-    by_name = {rule.name: rule for rule in rules}
-    checkpoint = Checkpoint(folder, config, None, source, by_name, {}, [], None)
-    _check_names(checkpoint)
-    for name, rule in by_name.items():
-        _check_weight(checkpoint, source.tensors[name], rule)
-    return checkpoint
-
-
-def _check_names(checkpoint: Checkpoint) -> None:
-    stored = checkpoint.source.tensors
-    known = set(checkpoint.rules) | set(checkpoint.scales.values()) | set(checkpoint.derived)
-    missing = [
-        name for name in (*checkpoint.rules, *checkpoint.scales.values()) if name not in stored
-    ]
-    if missing:
-        near = text.near_names(missing[0], [name for name in stored if name not in known])
-        raise ValueError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors that its config asks for, first "
-            f"{missing[0]!r}.{near}"
-        )
-    extra = [name for name in stored if name not in known]
-    if extra:
-        raise ValueError(
-            f"{checkpoint.source.locate(extra[0])} holds {extra[0]!r}, which the model of "
-            f"{checkpoint.folder} has no place for ({len(extra)} such tensors in all)."
-            f"{text.near_names(extra[0], checkpoint.rules)}"
-        )
-
-
-def _check_weight(checkpoint: Checkpoint, info: protocol.TensorInfo, rule: Rule) -> None:
-    where = checkpoint.source.locate(info.name)
-    if info.shape != rule.shape:
-        raise ValueError(
-            f"{where}: tensor {info.name!r} has shape {list(info.shape)}; the config asks for "
-            f"{list(rule.shape)}."
-        )
-    if info.dtype not in _FLOATS:
-        raise ValueError(
-            f"{where}: tensor {info.name!r} is stored as {info.dtype}; weights must be one of "
-            f"{', '.join(_FLOATS)}."
-        )
-    if info.name not in checkpoint.scales:
-        return
-    scale = checkpoint.source.tensors[checkpoint.scales[info.name]]
-    if checkpoint.block is None or len(info.shape) != 2:
-        raise ValueError(
-            f"{where}: tensor {info.name!r} is stored as {info.dtype}, but "
-            + (
-                "config.json has no quantization_config."
-                if checkpoint.block is None
-                else "has not two dims."
-            )
-        )
-    expected = fp8.scale_shape(info, checkpoint.block)
-    if scale.shape != expected or scale.dtype not in ("F32", "BF16", "F16"):
-        raise ValueError(
-            f"{where}: the scale {scale.name!r} is {scale.dtype}{list(scale.shape)}; expected "
-            f"F32{list(expected)} for blocks of {list(checkpoint.block)}."
-        )
+    match = matching.of_rules(rules, source.tensors)
+    match.require(folder, source.locate)
+    return Checkpoint(folder, config, None, source, match.rules, {}, [], [], None)

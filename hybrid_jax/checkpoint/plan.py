@@ -49,16 +49,30 @@ class Plan:
         return made + [info for info, _ in self.tables.values()]
 
 
-def make(checkpoint: Checkpoint, format: str, dtype: str | None) -> Plan:
-    """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored."""
+def make(
+    checkpoint: Checkpoint, format: str, dtype: str | None, *, language_only: bool = False
+) -> Plan:
+    """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored.
+
+    A vision part, which nothing here computes, is left out if `language_only`; else ValueError.
+    """
+    if checkpoint.vision and not language_only:
+        raise ValueError(
+            f"{checkpoint.path} has {len(checkpoint.vision)} tensors of a vision part, first "
+            f"{checkpoint.vision[0]!r}, which nothing here computes or carries. `hybrid-jax "
+            "convert --language-only` leaves them out."
+        )
     described = checkpoint.description
     dropped = list(checkpoint.scales.values()) if dtype else []
+    dropped += checkpoint.vision
     if format == "hf-original":
         dropped += [name for name in checkpoint.derived if minimax.is_decay_buffer(name)]
+    # A set: M2 drops 47,864 scales of 96,103 tensors.
+    left = set(checkpoint.source.tensors) - set(dropped)
     copies = {
         info.name: [Output(_cast(info, checkpoint, dtype))]
         for info in checkpoint.source.tensors.values()
-        if info.name not in dropped
+        if info.name in left
     }
     targets = _targets(checkpoint, format)
     outputs = copies

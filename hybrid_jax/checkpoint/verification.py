@@ -5,8 +5,14 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 
-from hybrid_jax.checkpoint import manifest
-from hybrid_jax.checkpoint.formats import training_run
+from hybrid_jax.checkpoint import finite, leaves, manifest, matching
+from hybrid_jax.checkpoint.formats import orbax, training_run
+from hybrid_jax.checkpoint.names.rules import Rule
+from hybrid_jax.checkpoint.rereading import read_all
+from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
+from hybrid_jax.config import text
+from hybrid_jax.config.training import TrainConfig
+from hybrid_jax.model import lowrank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +24,18 @@ class Verdict:
     """A sentence; None for a good one."""
     files: int
     bytes: int
+    tensors: int | None
+    """Parameters whose shapes fit the run's config and whose values are finite; None if the
+    checkpoint lies outside its run, where no config says what they should be."""
     seconds: float
+
+
+def is_of_run(path) -> bool:
+    """Whether `path` is a training run, its checkpoints or one of them, and not an export."""
+    path = pathlib.Path(path)
+    names = (CONFIG_JSON, orbax.INDEX_NAME, "weights")
+    exported = any((path / name).exists() for name in names) or any(path.glob("*.safetensors*"))
+    return training_run.is_training_run(path) or not exported
 
 
 def find(path, step: int | None = None) -> list[pathlib.Path]:
@@ -51,22 +68,47 @@ def find(path, step: int | None = None) -> list[pathlib.Path]:
 def examine(
     paths: list[pathlib.Path], progress: Callable[[int], None] = lambda count: None
 ) -> Iterator[Verdict]:
-    """Read every file of each. One that its run removes meanwhile is passed over."""
+    """Read every file of each, and every parameter of those that are in a run.
+
+    One that its run removes meanwhile is passed over.
+    """
     for path in paths:
-        begin, problem, files, size = time.monotonic(), None, 0, 0
+        begin, problem, files, size, tensors = time.monotonic(), None, 0, 0, None
         try:
             # One that lies elsewhere may be called as its owner likes.
             name = path.name if path.parent.name == training_run.CHECKPOINTS else None
             whole = manifest.verify(path, name=name, progress=progress)
             files, size = len(whole.files), sum(count for count, _ in whole.files.values())
-        except (FileNotFoundError, manifest.Damaged) as error:
+            if name is not None and training_run.is_training_run(path.parent.parent):
+                tensors = _check_parameters(path, whole)
+        except (FileNotFoundError, ValueError) as error:
             if not path.is_dir():
                 continue
             problem = str(error)
-        yield Verdict(path, problem, files, size, time.monotonic() - begin)
+        yield Verdict(path, problem, files, size, tensors, time.monotonic() - begin)
 
 
 def size(paths: list[pathlib.Path]) -> int:
-    """Bytes that `examine` will read."""
+    """Bytes of files that `examine` will read."""
     files = (file for path in paths for file in path.rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _check_parameters(path: pathlib.Path, whole: manifest.Manifest) -> int:
+    """Their number. ValueError for one of another shape, not finite, or of other contents."""
+    run = path.parent.parent
+    config = text.read_yaml(TrainConfig, run / CONFIG_YAML)
+    source = training_run.TrainingRun(run, int(path.name), whole)
+    rules = [Rule(leaf, shape, leaf) for leaf, shape in leaves.shapes(config.model).items()]
+    weights = {
+        name: info
+        for name, info in source.tensors.items()
+        if not name.endswith((lowrank.A, lowrank.B))
+    }
+    matching.of_rules(rules, weights).require(path, source.locate)
+    problems: list[str] = []
+    for name, array in read_all(source, problems):
+        finite.check(array, name, source.locate(name))
+    if problems:
+        raise ValueError(problems[0])
+    return len(source.tensors)

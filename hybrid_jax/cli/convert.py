@@ -9,7 +9,7 @@ import typing
 
 import tyro
 
-from hybrid_jax.cli import json_report
+from hybrid_jax.cli import dry_run, json_report, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Args:
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Directory of the checkpoint, or of a run."""
-    dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """Directory to create."""
     format: typing.Literal["orbax", "hf", "hf-original"]
     """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
+    dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")] = ""
+    """Directory to create; none with --dry-run."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """Dtype of all weights (routers stored in float32 stay so); as stored if not given."""
     json: pathlib.Path | None = None
@@ -52,6 +52,13 @@ class Args:
     """Which of several processes this is, from 0; goes with --of."""
     of: int | None = None
     """How many processes there are, on machines that see the same files."""
+    language_only: bool = False
+    """Of VL-01: leave the vision part out, which nothing here computes."""
+    dry_run: bool = False
+    """Write nothing: print where every tensor goes, or why it is refused. Of SRC, config.json and
+    the index are enough."""
+    full: bool = False
+    """With --dry-run: a line for each tensor instead of one for each kind."""
 
 
 def run(args: Args) -> int:
@@ -61,10 +68,12 @@ def run(args: Args) -> int:
     from hybrid_jax.checkpoint import convert
 
     json_report.check_writable(args.json)
+    if args.dry_run:
+        return dry_run.run(args)
     process, of = _place(args)
     # No accelerator is needed, and nobody else could have it meanwhile.
     jax.config.update("jax_platforms", "cpu")
-    with _progress_bar() as progress:
+    with progress_bar.of_names() as progress:
         summary = convert(
             args.src,
             args.dst,
@@ -78,6 +87,7 @@ def run(args: Args) -> int:
             process=process,
             of=of,
             note=lambda said: print(said, file=sys.stderr, flush=True),
+            language_only=args.language_only,
         )
     share = "" if of == 1 else f"process {process} of {of} wrote {summary.written / 1e9:.3f} GB of "
     print(
@@ -101,32 +111,3 @@ def _place(args: Args) -> tuple[int, int]:
     if args.process is None or args.of is None:
         raise ValueError("--process and --of go together: which one this is, of how many.")
     return args.process, args.of
-
-
-class _progress_bar:
-    """A progress line on a terminal (stderr); nothing where nobody watches."""
-
-    def __enter__(self):
-        import rich.console
-        import rich.progress
-
-        console = rich.console.Console(stderr=True)
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(),
-            rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar.start()
-        self._task = self._bar.add_task("")
-        return self._update
-
-    def __exit__(self, *error):
-        self._bar.stop()
-
-    def _update(self, done: int, total: int, name: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=name)

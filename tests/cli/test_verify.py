@@ -1,17 +1,20 @@
 """`hybrid-jax verify` names what is damaged, and its exit code says whether anything is."""
 
 import json
+import re
+import shutil
 
+import numpy as np
 import pytest
 
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import manifest
+from tests.checkpoint.runs import parameters, run_directory, write_step
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run as its directory looks, with steps 9 and 10."""
-    (tmp_path / "config.yaml").touch()
+    """Checkpoints of steps 9 and 10 without a run around them: files are all there is to check."""
     for step in ("9", "10"):
         directory = tmp_path / "checkpoints" / step
         directory.mkdir(parents=True)
@@ -45,6 +48,26 @@ def test_what_is_damaged_is_named(run, capsys, tmp_path):
     copy = (run / "checkpoints" / "12").rename(tmp_path / "best")
     assert cli.main(["verify", str(copy)]) == 0
     assert cli.main(["verify", str(run), "--step", "10"]) == 1
+
+
+def test_parameters_of_a_run_are_held_against_its_config(tmp_path, capsys):
+    run = run_directory(tmp_path / "run", steps=(9,))
+    assert cli.main(["verify", str(run)]) == 0
+    assert "parameters fit the config" in capsys.readouterr().out
+    params = parameters()
+    first = next(iter(params))
+    for spoilt, said in (
+        (params | {first: params[first].at[0].set(np.nan)}, rf"'{first}' holds .* NaN"),
+        (params | {first: params[first][1:]}, rf"'{first}' has shape"),
+        ({name: params[name] for name in list(params)[1:]}, rf"lacks 1 tensors.*'{first}'"),
+    ):
+        write_step(run, 10, spoilt)
+        assert cli.main(["verify", str(run)]) == 1
+        out = capsys.readouterr().out
+        assert re.search(said, out) and "1 of 2 good, the newest is 9" in out
+        shutil.rmtree(run / "checkpoints" / "10")
+    assert cli.main(["verify", str(run), "--write-manifest"]) == 2
+    assert "of a training run" in capsys.readouterr().err
 
 
 def test_nothing_to_verify_is_bad_input(run, tmp_path, capsys):

@@ -17,20 +17,24 @@ class TrainingRun:
     All files are verified first, every parameter as it is read.
     """
 
-    def __init__(self, directory, step: int | None = None):
+    def __init__(
+        self, directory, step: int | None = None, verified: manifest.Manifest | None = None
+    ):
         """Of `step`, or of the newest that is as it was written: others are named in a warning.
+
+        `verified` is the manifest of `step`, if its files have just been held against it.
 
         Raises ValueError if there is none, or `step` is damaged, unfinished or not there.
         """
-        self.step, self._manifest = _good_step(pathlib.Path(directory), step)
-        self.path = (pathlib.Path(directory) / CHECKPOINTS / str(self.step)).absolute()
+        directory = pathlib.Path(directory)
+        if step is not None and verified is not None:
+            self.step, self._manifest = step, verified
+        else:
+            self.step, self._manifest = _good_step(directory, step)
+        self.path = (directory / CHECKPOINTS / str(self.step)).absolute()
         self._orbax = _orbax()
         self.bytes_read = 0
-        try:
-            stored = dict(self._orbax.metadata(self.path, ITEM).metadata)
-        except Exception as error:
-            raise ValueError(f"{self.path} cannot be read: {error!r:.500}") from error
-        self.tensors = {name: _info(name, entry, self.path) for name, entry in stored.items()}
+        self.tensors = stored(self.path)
 
     def read(self, name: str) -> np.ndarray:
         """One parameter, all layers of its stack."""
@@ -71,16 +75,31 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
+def stored(path: pathlib.Path) -> dict[str, protocol.TensorInfo]:
+    """The parameters of one checkpoint by its metadata; ValueError if it cannot be read."""
+    path = path.absolute()
+    try:
+        found = dict(_orbax().metadata(path, ITEM).metadata)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error!r:.500}") from error
+    return {name: _info(name, entry, path) for name, entry in found.items()}
+
+
+def steps(directory, step: int | None = None) -> list[int]:
+    """The steps that a run has a checkpoint of, or that one; ValueError if there is none."""
+    found = (pathlib.Path(directory) / CHECKPOINTS).iterdir()
+    present = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    if not present:
+        raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
+    if step not in (None, *present):
+        raise ValueError(f"{directory} has no checkpoint of step {step}; it has {present}.")
+    return present if step is None else [step]
+
+
 def _good_step(directory: pathlib.Path, step: int | None) -> tuple[int, manifest.Manifest]:
     """Its files are held against their checksums."""
-    found = (directory / CHECKPOINTS).iterdir()
-    steps = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
-    if not steps:
-        raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
-    if step not in (None, *steps):
-        raise ValueError(f"{directory} has no checkpoint of step {step}; it has {steps}.")
     problems = []
-    for each in reversed(steps) if step is None else (step,):
+    for each in reversed(steps(directory, step)):
         try:
             whole = manifest.verify(directory / CHECKPOINTS / str(each), name=str(each))
         except (manifest.Damaged, FileNotFoundError) as error:

@@ -19,6 +19,8 @@ _READERS = {
     "minimax": native.read,
     "minimax_m2": m2.read,
 }
+# MiniMax-VL-01: a config.json around that of its language model.
+VISION_LANGUAGE, _TEXT = "minimax_vl_01", "text_config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,13 @@ class Description:
     """As it was."""
     model_type: str
     """The dialect."""
+    prefix: str = ""
+    """What stands before every published name: VL-01 holds a vision part beside the language."""
+
+    @property
+    def language(self) -> dict:
+        """The part of `json` that describes the language model."""
+        return self.json[_TEXT] if self.prefix else self.json
 
     @property
     def may_have_extra_layers(self) -> bool:
@@ -40,7 +49,7 @@ class Description:
     @property
     def block_size(self) -> int:
         """Tokens a block in transformers' decay tables."""
-        return self.json.get("block_size") or native.BLOCK_SIZE
+        return self.language.get("block_size") or native.BLOCK_SIZE
 
 
 def read_json(path) -> dict:
@@ -71,6 +80,8 @@ def read_from(folder: Folder, name: str) -> dict:
 
 def describe(values: dict, where: str) -> Description:
     """Understand a config.json; ValueError names the file and the field that is wrong."""
+    if values.get("model_type") == VISION_LANGUAGE:
+        return _describe_vision_language(values, where)
     model_type = _model_type(values, where)
     fields = Fields(values, where)
     try:
@@ -82,6 +93,18 @@ def describe(values: dict, where: str) -> Description:
     return Description(config, values, model_type)
 
 
+def _describe_vision_language(values: dict, where: str) -> Description:
+    """VL-01: the fields of its vision part do not change the language model, and are not read."""
+    inner = values.get(_TEXT)
+    if not isinstance(inner, dict) or inner.get("model_type") == VISION_LANGUAGE:
+        raise ValueError(
+            f"{where}: {_TEXT!r} must be the config of a language model; got {inner!r:.80}."
+        )
+    # The release may leave it to its config class which dialect that is.
+    found = describe({"model_type": original.MODEL_TYPES[0]} | inner, f"{where}: {_TEXT}")
+    return Description(found.model, values, VISION_LANGUAGE, "language_model.")
+
+
 def _model_type(values: dict, where: str) -> str:
     # M2 was first released with model_type "minimax"; its class name tells the two apart.
     if values.get("model_type") == "minimax" and values.get("architectures") == [
@@ -90,9 +113,10 @@ def _model_type(values: dict, where: str) -> str:
         return "minimax_m2"
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _READERS:
+        known = (*_READERS, VISION_LANGUAGE)
         raise ValueError(
-            f"{where}: model_type is {model_type!r}; expected one of {', '.join(_READERS)}."
-            f"{near_names(str(model_type), _READERS)}"
+            f"{where}: model_type is {model_type!r}; expected one of {', '.join(known)}."
+            f"{near_names(str(model_type), known)}"
         )
     return model_type
 
@@ -119,7 +143,8 @@ def write(
         values = original.write(config, _original_type(config))
     carried = {"bos_token_id": None, "eos_token_id": None, "use_cache": True}
     if source is not None:
-        carried |= {name: source.json[name] for name in CARRIED if name in source.json}
+        spoken = source.language
+        carried |= {name: spoken[name] for name in CARRIED if name in spoken}
     return dict(
         sorted((carried | values | {"dtype" if native_wanted else "torch_dtype": dtype}).items())
     )
@@ -128,11 +153,15 @@ def write(
 def with_dtype(values: dict, dtype: str) -> dict:
     """A config.json after all weights became `dtype`: no longer quantised, and saying so."""
     values = {name: value for name, value in values.items() if name != "quantization_config"}
+    if isinstance(values.get(_TEXT), dict):
+        values[_TEXT] = with_dtype(values[_TEXT], dtype)
     names = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
     return values | dict.fromkeys(names, dtype)
 
 
 def _speaks(source: Description, native_wanted: bool) -> bool:
+    if source.prefix:
+        return False
     if source.model_type == "minimax_m2":
         # Both readers know both spellings.
         return source.json.get("model_type") == "minimax_m2"

@@ -18,6 +18,8 @@ _DECAY_BUFFER = re.compile(
 )
 _INV_FREQ = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_VISION = re.compile(r"(vision_tower|multi_modal_projector)\..+|image_newline")
+_LINEAR = re.compile(r".*\.(\w+_proj|w[123])\.weight")
 
 
 def is_decay_buffer(name: str) -> bool:
@@ -44,6 +46,16 @@ def is_float32(name: str) -> bool:
     """
     router = name.endswith((".gate.weight", ".e_score_correction_bias"))
     return router or is_decay_buffer(name) or _INV_FREQ.fullmatch(name) is not None
+
+
+def is_vision(name: str) -> bool:
+    """The tower, projector and row end of VL-01, beside its language model."""
+    return _VISION.fullmatch(name) is not None
+
+
+def is_linear(name: str) -> bool:
+    """The matrices of layers but the router: what a release in FP8 quantises."""
+    return _LINEAR.fullmatch(name) is not None
 
 
 def rules(config: model_lib.ModelConfig, stored=()) -> list[Rule]:
