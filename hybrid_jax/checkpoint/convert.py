@@ -54,8 +54,8 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint in `src` to a new directory `dst` in `format`.
 
-    A conversion that was killed, interrupted, or ran out of disk goes on when it is started again:
-    what is finished lies in `.DST.draft` beside `dst`. A source that is bad leaves nothing.
+    One that was killed or ran out of disk goes on when it is started again: what is finished lies
+    in `.DST.draft` beside `dst`. A source that is bad leaves nothing.
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
@@ -72,8 +72,7 @@ def convert(
         shard_bytes: Largest safetensors file, unless one tensor is larger.
         group_bytes: Most that is held of the tensors of an Orbax group, unless one is larger.
         workers: Local processes that share the work; each needs memory for a few tensors.
-        process: Which of the processes this one is that were started with the same arguments, on
-            machines that see the same files; from 0.
+        process: Which of several processes this is, from 0, that see the same files.
         of: How many these are. Each writes its share; process 0 waits for all and finishes.
         note: Called with sentences about work that is there already, or waited for.
         language_only: Leave out the vision part of VL-01; without it such a source is refused.
@@ -83,28 +82,20 @@ def convert(
         OSError: `dst` cannot be written, or the same conversion is under way. `dst` is as before.
     """
     start = time.perf_counter()
-    _check_arguments(src, dst, format, dtype)
-    _check_counts(workers, process, of)
+    _check_arguments(src, dst, format, dtype, (workers, process, of))
     job = conversions.Job(
         os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes, language_only
     )
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
-        written, peak = 0, workers_lib.peak_rss_bytes()
         with drafts.begin(
             dst, work.origin, work.prepare, note, process=process, of=of, overwrite=overwrite
         ) as draft:
-            if draft is None:
-                note(f"{dst} is this conversion already, by its manifest and the sizes of files.")
-            else:
-                share = conversions.shares(work.layout, range(len(work.layout.units)), of)[process]
-                written, peak = _write(work, draft, share, (process, of), workers, progress, note)
-                if process == 0:
-                    draft.wait(work.layout, note)
-                    draft.finish(work.layout, overwrite=overwrite)
-            is_complete = draft is None or process == 0
+            written, peak = _write(work, draft, (process, of), workers, progress, note)
+            if draft is not None and process == 0:
+                draft.finish(work.layout, note, overwrite=overwrite)
     infos, seconds = work.plan.infos, time.perf_counter() - start
-    total = sum(info.nbytes for info in infos)
+    is_complete, total = draft is None or process == 0, sum(info.nbytes for info in infos)
     return Summary(len(infos), total, written, is_complete, seconds, peak)
 
 
@@ -118,9 +109,19 @@ def check_format(format: str) -> None:
 
 
 def _write(
-    work: conversions.Conversion, draft: drafts.Draft, share, process, workers: int, progress, note
+    work: conversions.Conversion,
+    draft: drafts.Draft | None,
+    process: tuple[int, int],
+    workers: int,
+    progress,
+    note,
 ) -> tuple[int, int]:
-    """Write what is left of a share: (bytes that this took, most memory of all processes)."""
+    """Write what is left of a process's share: (bytes that this took, most memory of all)."""
+    if draft is None:
+        note("The destination is this conversion already, by its manifest and the sizes of files.")
+        return 0, workers_lib.peak_rss_bytes()
+    me, of = process
+    share = conversions.shares(work.layout, range(len(work.layout.units)), of)[me]
     finished = draft.finished(share)
     left = [number for number in share if number not in finished]
     if finished:
@@ -141,8 +142,9 @@ def _write(
     return done - begun, peak
 
 
-def _check_arguments(src, dst, format: str, dtype: str | None) -> None:
+def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:
     check_format(format)
+    _check_counts(*counts)
     if dtype is not None and dtype not in plans.DTYPE_TAGS:
         raise ValueError(f"dtype must be one of {', '.join(plans.DTYPE_TAGS)}; got {dtype!r}.")
     for what, path in (("source", src), ("destination", dst)):

@@ -56,22 +56,14 @@ class Draft:
             if error["is_input"] and error != self._old_errors.get(name):
                 raise Elsewhere(error["message"])
 
-    def wait(self, layout: protocol.Layout, note: Callable[[str], None]) -> None:
-        """Until every unit is there. Raises OSError if another process ends with an error."""
-        said = time.monotonic()
-        left = [unit.number for unit in layout.units]
-        while left := [number for number in left if not self._is_there(number)]:
-            self.check()
-            for name, error in self._errors().items():
-                if error != self._old_errors.get(name):
-                    raise OSError(f"{error['message']} Start that process again, and this one.")
-            if time.monotonic() - said > _SAY_SECONDS:
-                said = time.monotonic()
-                note(f"{self.dst}: waiting for other processes to write {len(left)} more units.")
-            time.sleep(_POLL_SECONDS)
+    def finish(
+        self, layout: protocol.Layout, note: Callable[[str], None], *, overwrite: bool
+    ) -> None:
+        """Wait for all units, write what says what is there, and give it the destination's name.
 
-    def finish(self, layout: protocol.Layout, *, overwrite: bool) -> None:
-        """Write what says what is there, and give it the name of the destination."""
+        Raises OSError if another process ends with an error, or the destination was taken.
+        """
+        self._wait(layout, note)
         files: dict[str, tuple[int, str]] = {}
         arrays: dict[str, digests.Array] = {}
         for unit in layout.units:
@@ -88,6 +80,20 @@ class Draft:
             raise FileExistsError(str(error)) from error
         atomic.replace(self.content, self.dst)
         self._remove()
+
+    def _wait(self, layout: protocol.Layout, note: Callable[[str], None]) -> None:
+        """Until every unit is there. Raises OSError if another process ends with an error."""
+        said = time.monotonic()
+        left = [unit.number for unit in layout.units]
+        while left := [number for number in left if not self._is_there(number)]:
+            self.check()
+            for name, error in self._errors().items():
+                if error != self._old_errors.get(name):
+                    raise OSError(f"{error['message']} Start that process again, and this one.")
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                note(f"{self.dst}: waiting for other processes to write {len(left)} more units.")
+            time.sleep(_POLL_SECONDS)
 
     def _is_there(self, number: int) -> bool:
         try:

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-import hybrid_jax
+from hybrid_jax import __version__
 from hybrid_jax.checkpoint import sidecars
 from hybrid_jax.checkpoint.formats import protocol, training_run
 from hybrid_jax.checkpoint.opened import Checkpoint
@@ -43,7 +43,7 @@ def of(checkpoint: Checkpoint, layout: protocol.Layout, options: Mapping) -> Ori
             "source": _digest(_files(checkpoint)),
             "options": _digest(dict(options)),
             "layout": _digest(units),
-            "version": hybrid_jax.__version__,
+            "version": __version__,
         }
     )
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from scripts import checkpoint_bench
+from scripts import bench_conversion
 
 # What a process of ours holds before it converts anything, 240 MB of it libraries; and a group of
 # Orbax's, 32 MiB, up to three times while it is written or read. The aim is 1 GB.
@@ -41,7 +41,7 @@ def test_there_and_back_every_bit_is_the_same_in_the_memory_of_a_few_tensors(
     tmp_path, size, layers
 ):
     source = tmp_path / "source"
-    made = checkpoint_bench.write(source, size, layers)
+    made = bench_conversion.write(source, size, layers)
     assert 0.9 * size < made.nbytes < 1.1 * size
     assert len(made.infos) == 3 + 103 * layers
     there = _convert(source, tmp_path / "orbax", "orbax")
@@ -52,4 +52,4 @@ def test_there_and_back_every_bit_is_the_same_in_the_memory_of_a_few_tensors(
     for report in (there, back):
         assert report["bytes"] == made.nbytes
         assert report["peak_rss_bytes"] < BASE + 3 * made.largest
-    assert checkpoint_bench.same(source, tmp_path / "back")
+    assert bench_conversion.same(source, tmp_path / "back")

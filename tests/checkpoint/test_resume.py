@@ -12,7 +12,7 @@ import pytest
 
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import convert, draft, manifest
-from scripts import checkpoint_bench
+from scripts import bench_conversion
 from tests.checkpoint import published
 from tests.checkpoint.published import original_config
 
@@ -81,7 +81,7 @@ def test_killed_at_random_moments_it_resumes_and_the_result_is_identical(
 def test_two_processes_read_and_write_about_half_each(tmp_path):
     # 80 MB, of which what a process needs to begin is little.
     source = tmp_path / "src"
-    checkpoint_bench.write(source, 80e6, 8, 2)
+    bench_conversion.write(source, 80e6, 8, 2)
     tensors = published.read_directory(source)
     out = tmp_path / "out"
     out.mkdir()
