@@ -14,12 +14,16 @@ from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsSink
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.opened import open_checkpoint
+from hybrid_jax.checkpoint.quantization import QuantizingReader
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
+from hybrid_jax.model.quantized import is_quantized
 
 
-def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.Model:
+def load(
+    path, dtype: str = "float32", *, quantize: str | None = None, check_finite: bool = True
+) -> models.Model:
     """The model in a directory of any supported format, with `dtype` parameters and computation.
 
     Args:
@@ -27,6 +31,9 @@ def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.M
             multiplied with its scales), Orbax as `save` and `convert` write it, or a training run,
             whose newest good checkpoint is taken.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
+        quantize: `int8` or `fp8`: hold the weights of layers in eight bits, with scales, to generate
+            and to evaluate (`hybrid_jax.model.quantized`). They are quantised as they are read:
+            beside the quantised model there is one tensor at a time. FP8 of a checkpoint is kept.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:
@@ -39,6 +46,8 @@ def load(path, dtype: str = "float32", *, check_finite: bool = True) -> models.M
         def read(leaf: str, shape, leaf_dtype: np.dtype) -> np.ndarray:
             return checkpoint.read_leaf(leaf, shape, leaf_dtype, check_finite)
 
+        if quantize is not None:
+            return leaves.fill(config, QuantizingReader(checkpoint, quantize, check_finite))
         return leaves.fill(config, read)
 
 
@@ -65,6 +74,11 @@ def save(
     """
     config, arrays = model.config, leaves.arrays(model)
     conversion.check_format(format)
+    if is_quantized(arrays):
+        raise ValueError(
+            "This model's weights were quantised when it was loaded, and what was rounded away is "
+            "lost: copy or convert the checkpoint it came from instead."
+        )
     values: dict = {}
     if format == "orbax":
         rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})

@@ -20,12 +20,15 @@ def arrays(model: models.Model) -> dict[str, jax.Array]:
 
 
 def fill(config: ModelConfig, read) -> models.Model:
-    """A model whose parameters are `read(path, shape, dtype)`, numpy arrays, one at a time."""
+    """A model whose parameters are `read(path, shape, dtype)`, one at a time.
+
+    What is read are numpy arrays, or `qwix.QArray`s of them.
+    """
     graph, state = nnx.split(models.abstract(config))
-    filled = [
-        (path, param.replace(jnp.asarray(read(_name(path), param.shape, np.dtype(param.dtype)))))
-        for path, param in nnx.to_flat_state(state)
-    ]
+    filled = []
+    for path, param in nnx.to_flat_state(state):
+        value = read(_name(path), param.shape, np.dtype(param.dtype))
+        filled.append((path, param.replace(jax.tree.map(jnp.asarray, value))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
