@@ -31,9 +31,9 @@ def load(
             multiplied with its scales), Orbax as `save` and `convert` write it, or a training run,
             whose newest good checkpoint is taken.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
-        quantize: `int8` or `fp8`: hold the weights of layers in eight bits, with scales, to generate
-            and to evaluate (`hybrid_jax.model.quantized`). They are quantised as they are read:
-            beside the quantised model there is one tensor at a time. FP8 of a checkpoint is kept.
+        quantize: `int8` or `fp8`: hold the weights of layers in eight bits with scales, to generate
+            and to evaluate (`hybrid_jax.model.quantized`). They are quantised as they are read, a
+            tensor at a time; FP8 of a checkpoint is kept.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:

@@ -33,14 +33,22 @@ def end_id(tokenizer) -> int | None:
     return next((idx for idx in ids if idx is not None), None)
 
 
-def model(directory: pathlib.Path, dtype: str, mesh: str | None, rules: str, rows: int = 1):
+def model(
+    directory: pathlib.Path,
+    dtype: str,
+    mesh: str | None,
+    rules: str,
+    rows: int = 1,
+    quantize: str | None = None,
+):
     """(model, placement): on a mesh of all devices that decodes `rows` rows, or on one device.
 
-    Raises what `hybrid_jax.load` does, and ValueError for a mesh that does not fit.
+    `quantize` as in `hybrid_jax.load`. Raises what that does, and ValueError for a mesh that does
+    not fit.
     """
     import hybrid_jax
 
-    loaded = hybrid_jax.load(directory, dtype=dtype)
+    loaded = hybrid_jax.load(directory, dtype=dtype, quantize=quantize)
     if mesh is None:
         return loaded, None
     from flax import nnx
@@ -50,3 +58,11 @@ def model(directory: pathlib.Path, dtype: str, mesh: str | None, rules: str, row
     placement = placements.make(mesh, rules).for_decoding(rows)
     graphdef, params = nnx.split(loaded)
     return nnx.merge(graphdef, placement.place(params)), placement
+
+
+def weights(model) -> dict[str, int]:
+    """Bytes of a model's weights, and what they would be if none were quantised."""
+    from hybrid_jax import model as models
+
+    whole = models.size_in_bytes(models.abstract(model.config))
+    return {"weight_bytes": models.size_in_bytes(model), "unquantised_weight_bytes": whole}

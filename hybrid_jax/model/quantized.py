@@ -109,8 +109,27 @@ def quantize_params(params, scheme: str, block: tuple[int, int] = BLOCK):
 def wide(weight, dtype):
     """A weight as an array in the dtype it is multiplied in: scales times values, rounded once."""
     if isinstance(weight, qwix.QArray):
+        if weight.qvalue.dtype != weight.qtype:
+            values = jax.lax.bitcast_convert_type(weight.qvalue, weight.qtype)
+            weight = dataclasses.replace(weight, qvalue=values)
         weight = qwix.dequantize(weight)
     return weight.astype(dtype)
+
+
+def as_bytes(tree):
+    """The same tree with FP8 as unsigned integers, which `wide` understands.
+
+    Where there is no arithmetic in FP8, XLA makes wider numbers of all arrays of it that pass
+    through a loop, even if nothing is done with them but to cut out a part.
+    """
+
+    def one(leaf):
+        if isinstance(leaf, qwix.QArray) and leaf.qvalue.dtype == DTYPES["fp8"]:
+            values = jax.lax.bitcast_convert_type(leaf.qvalue, jnp.uint8)
+            return dataclasses.replace(leaf, qvalue=values)
+        return leaf
+
+    return jax.tree.map(one, tree, is_leaf=_is_array)
 
 
 def one_of(weight, idx):
