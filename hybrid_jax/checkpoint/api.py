@@ -18,11 +18,17 @@ from hybrid_jax.checkpoint.quantization import QuantizingReader
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
+from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.model.quantized import is_quantized
 
 
 def load(
-    path, dtype: str = "float32", *, quantize: str | None = None, check_finite: bool = True
+    path,
+    dtype: str = "float32",
+    *,
+    quantize: str | None = None,
+    placement: Placement | None = None,
+    check_finite: bool = True,
 ) -> models.Model:
     """The model in a directory of any supported format, with `dtype` parameters and computation.
 
@@ -34,6 +40,7 @@ def load(
         quantize: `int8` or `fp8`: hold the weights of layers in eight bits with scales, to generate
             and to evaluate (`hybrid_jax.model.quantized`). They are quantised as they are read, a
             tensor at a time; FP8 of a checkpoint is kept.
+        placement: Devices that quantised parameters are split over; None for the first device.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:
@@ -47,7 +54,8 @@ def load(
             return checkpoint.read_leaf(leaf, shape, leaf_dtype, check_finite)
 
         if quantize is not None:
-            return leaves.fill(config, QuantizingReader(checkpoint, quantize, check_finite))
+            reader = QuantizingReader(checkpoint, quantize, placement, check_finite)
+            return leaves.fill(config, reader)
         return leaves.fill(config, read)
 
 

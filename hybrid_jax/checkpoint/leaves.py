@@ -20,9 +20,9 @@ def arrays(model: models.Model) -> dict[str, jax.Array]:
 
 
 def fill(config: ModelConfig, read) -> models.Model:
-    """A model whose parameters are `read(path, shape, dtype)`, one at a time.
+    """A model whose parameters are `read(path, shape, dtype)`, numpy's or JAX's, one at a time.
 
-    What is read are numpy arrays, or `qwix.QArray`s of them.
+    Or arrays of qwix, made of these.
     """
     graph, state = nnx.split(models.abstract(config))
     filled = []

@@ -1,14 +1,19 @@
 """Weights quantised as they are read, one stored tensor at a time: no other ever exists whole."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import qwix
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from hybrid_jax import model as models
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint
 from hybrid_jax.model import quantized
+from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.model.params import matrix_dims
+from sharding import Logical
 
 _KEPT = "F8_E4M3"
 
@@ -16,11 +21,19 @@ _KEPT = "F8_E4M3"
 class QuantizingReader:
     """Reads parameters for `leaves.fill`: arrays, or values and scales of what is quantised.
 
+    With a placement each device gets the part that it stores, straight from host memory.
+
     FP8 weights with scales stay as they are stored where the scheme is fp8 too: where a block of
     theirs would cross a head, its scale is repeated. All others are widened, and quantised anew.
     """
 
-    def __init__(self, checkpoint: Checkpoint, scheme: str, check_finite: bool = True):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: str,
+        placement: Placement | None = None,
+        check_finite: bool = True,
+    ):
         """ValueError for an unknown scheme."""
         quantized.check_scheme(scheme)
         state = nnx.to_flat_state(nnx.split(models.abstract(checkpoint.config))[1])
@@ -28,11 +41,27 @@ class QuantizingReader:
             ".".join(map(str, path)): param.get_metadata()["axes"] for path, param in state
         }
         self._checkpoint, self._scheme, self._check_finite = checkpoint, scheme, check_finite
+        self._placement = placement
         # As stored: rows are outputs.
         self._block = quantized.BLOCK if checkpoint.block is None else checkpoint.block[::-1]
 
     def __call__(self, leaf: str, shape: tuple[int, ...], dtype: np.dtype):
-        """One parameter of our tree, in host memory."""
+        """One parameter of our tree, on its devices. Raises what reading and placing it do."""
+        value = self._read(leaf, shape, dtype)
+        if self._placement is None:
+            return jax.tree.map(jnp.asarray, value)
+        axes = (Logical.LAYERS,) * (len(shape) - len(self._axes[leaf])) + self._axes[leaf]
+        at_rest = self._placement.parameter(leaf, axes, shape)
+        value = quantized.divisible(value, at_rest)
+        specs = quantized.split(value, at_rest.spec)
+
+        def dealt(array, spec):
+            sharding = NamedSharding(at_rest.mesh, spec)
+            return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+        return jax.tree.map(dealt, value, specs)
+
+    def _read(self, leaf: str, shape: tuple[int, ...], dtype: np.dtype):
         axes = self._axes[leaf]
         lead = len(shape) - len(axes)
         own = quantized.tile(self._scheme, axes, shape[lead:], self._block)

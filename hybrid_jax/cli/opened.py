@@ -48,14 +48,17 @@ def model(
     """
     import hybrid_jax
 
-    loaded = hybrid_jax.load(directory, dtype=dtype, quantize=quantize)
     if mesh is None:
-        return loaded, None
+        return hybrid_jax.load(directory, dtype=dtype, quantize=quantize), None
     from flax import nnx
 
     from hybrid_jax.model.parallel import placement as placements
 
     placement = placements.make(mesh, rules).for_decoding(rows)
+    options = {"quantize": quantize, "placement": placement}
+    loaded = hybrid_jax.load(directory, dtype=dtype, **options)
+    if quantize is not None:
+        return loaded, placement
     graphdef, params = nnx.split(loaded)
     return nnx.merge(graphdef, placement.place(params)), placement
 

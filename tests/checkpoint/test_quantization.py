@@ -5,11 +5,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import qwix
+from flax import nnx
 
 import hybrid_jax
 from hybrid_jax import model as models
 from hybrid_jax.checkpoint import leaves
 from hybrid_jax.model import quantized
+from hybrid_jax.model.parallel import placement as placements
 from tests.checkpoint import published
 from tests.checkpoint.published import FP8_CONFIG, m2_config, original_config
 
@@ -101,6 +103,24 @@ def test_every_format_gives_the_same(tmp_path, scheme):
         for path in (directory, tmp_path / "orbax")
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("scheme", quantized.DTYPES)
+def test_parts_go_straight_to_their_devices(tmp_path, scheme):
+    config = m2_config() | {"quantization_config": FP8_CONFIG}
+    directory = _write(tmp_path / "m", config, published.quantised(published.tensors(config)))
+    # 10 columns in blocks of 2 over two devices: the third block is cut in two.
+    placement = placements.make("data=4,tensor=2", "serve")
+    found = hybrid_jax.load(directory, quantize=scheme, placement=placement)
+    whole = hybrid_jax.load(directory, quantize=scheme)
+    placed = placement.place(nnx.split(whole)[1])
+    for one, other in zip(jax.tree.leaves(nnx.split(found)[1]), jax.tree.leaves(placed)):
+        assert one.sharding == other.sharding
+        np.testing.assert_array_equal(one, other)
+    down = found.stack.runs[0].ffn.down.get_raw_value()
+    assert down.qvalue.sharding.shard_shape(down.shape)[-2:] == (5, 12)
+    scale_rows = {"int8": 1, "fp8": 5}[scheme]
+    assert down.scale.sharding.shard_shape(down.scale.shape)[-2] == scale_rows
 
 
 def test_a_stack_is_quantised_as_each_of_its_matrices():
