@@ -37,15 +37,16 @@ def grouped_swiglu_of_layer(
         what is cut out of all of them. That is one matrix at a time, just before it is multiplied,
         where few rows make a kernel for many pointless; else the matrices of one layer.
     """
-    if widen is None:
-        in_gpus = in_cpus = in_place
-        cut: Callable = cut_out
-    else:
-        in_gpus = in_cpus = functools.partial(one_by_one, widen=widen)
+    spread: Callable = in_place
+    cut: Callable = cut_out
+    elsewhere = spread
+    if widen is not None:
+        spread = functools.partial(one_by_one, widen=widen)
         cut = functools.partial(cut_out, widen=widen)
-        if x_RD.shape[0] >= LEAST_ROWS * group_sizes_E.shape[0]:
-            in_gpus = cut
-    branches = dict.fromkeys(target.TARGETS, in_gpus) | {"tpu": cut, "cpu": in_cpus}
+        is_much = x_RD.shape[0] >= LEAST_ROWS * group_sizes_E.shape[0]
+        elsewhere = cut if is_much else spread
+    special = {"tpu": cut, "cpu": spread}
+    branches = {place: special.get(place, elsewhere) for place in target.TARGETS}
     arrays = varying.alike(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx)
     return target.select(branches, *arrays)
 
