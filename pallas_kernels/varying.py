@@ -9,18 +9,15 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 
 
-def alike(*arrays: jax.Array | None) -> tuple[Any, ...]:
-    """Mark all arrays as varying over the union of their manual mesh axes; None stays None.
+def alike(*arrays: Any) -> tuple[Any, ...]:
+    """Mark arrays, or trees of them, as varying over the union of their manual mesh axes.
 
     A loop's carry must vary as its results do. JAX sums the gradient of an array over the axes it
     did not vary over. Outside shard_map this does nothing.
     """
-    axes = [
-        frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
-        for array in arrays
-    ]
-    union = frozenset().union(*axes)
-    return tuple(array if array is None else _vary(array, union) for array in arrays)
+    axes = [jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)]
+    union = frozenset[str]().union(*axes)
+    return jax.tree.map(lambda array: _vary(array, union), arrays)
 
 
 def of_a_kernel(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,10 +18,12 @@ from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, Safete
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
 from hybrid_jax.checkpoint.opened import open_checkpoint
+from hybrid_jax.checkpoint.quantization import QuantizingReader
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
 from hybrid_jax.config import text
 from hybrid_jax.model.parallel.placement import Placement
+from hybrid_jax.model.quantized import is_quantized
 from sharding import processes
 
 
@@ -29,6 +31,7 @@ def load(
     path,
     dtype: str = "float32",
     *,
+    quantize: str | None = None,
     placement: Placement | None = None,
     check_finite: bool = True,
 ) -> models.Model:
@@ -40,6 +43,9 @@ def load(
             whose newest good checkpoint is taken. A Hugging Face directory may be in object
             storage: `s3://...`, `gs://...` or what else fsspec knows.
         dtype: `float32` or `bfloat16`; routers and their biases are float32 always.
+        quantize: `int8` or `fp8`: hold the weights of layers in eight bits with scales, to generate
+            and to evaluate (`hybrid_jax.model.quantized`). They are quantised as they are read, a
+            tensor at a time; FP8 of a checkpoint is kept.
         placement: Devices that the parameters are split over, also of several processes, all of
             which must call; None for the first device. Each process reads what its devices hold:
             of safetensors those bytes, from Orbax the tensors they are in, or all if it is one of
@@ -53,7 +59,7 @@ def load(
     found: list[models.Model] = []
 
     def read() -> None:
-        found.append(_load(path, dtype, placement, check_finite))
+        found.append(_load(path, dtype, quantize, placement, check_finite))
 
     if placement is not None and placement.mesh.is_multi_process:
         processes.all_pass(read)
@@ -62,7 +68,7 @@ def load(
     return found.pop()
 
 
-def _load(path, dtype: str, placement, check_finite: bool) -> models.Model:
+def _load(path, dtype: str, quantize: str | None, placement, check_finite: bool) -> models.Model:
     dtypes = model_lib.Dtypes(parameters=dtype, compute=dtype)
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(checkpoint.config, dtypes=dtypes)
@@ -73,7 +79,11 @@ def _load(path, dtype: str, placement, check_finite: bool) -> models.Model:
                 checkpoint, leaf, shape, leaf_dtype, where.get(leaf), check_finite=check_finite
             )
 
-        model = leaves.fill(config, read)
+        if quantize is None:
+            model = leaves.fill(config, read)
+        else:
+            reader = QuantizingReader(checkpoint, quantize, placement, check_finite)
+            model = leaves.fill(config, reader)
         if isinstance(checkpoint.source, RangedSource):
             checkpoint.source.check_unchanged()
         return model
@@ -124,6 +134,11 @@ def save(
 def _contents(model: models.Model, format: str, shard_bytes: int) -> tuple[dict, saving.Contents]:
     """(config.json, tensors and where each comes from)."""
     config, arrays = model.config, leaves.arrays(model)
+    if is_quantized(arrays):
+        raise ValueError(
+            "This model's weights were quantised when it was loaded, and what was rounded away is "
+            "lost: copy or convert the checkpoint it came from instead."
+        )
     values: dict = {}
     tables: dict = {}
     if format == "orbax":

@@ -30,12 +30,15 @@ def arrays(model: models.Model) -> dict[str, jax.Array]:
 
 
 def fill(config: ModelConfig, read) -> models.Model:
-    """A model whose parameters are `read(path, shape, dtype)`, numpy's or JAX's, one at a time."""
+    """A model whose parameters are `read(path, shape, dtype)`, numpy's or JAX's, one at a time.
+
+    Or arrays of qwix, made of these.
+    """
     graph, state = nnx.split(models.abstract(config))
-    filled = [
-        (path, param.replace(jnp.asarray(read(_name(path), param.shape, np.dtype(param.dtype)))))
-        for path, param in nnx.to_flat_state(state)
-    ]
+    filled = []
+    for path, param in nnx.to_flat_state(state):
+        value = read(_name(path), param.shape, np.dtype(param.dtype))
+        filled.append((path, param.replace(jax.tree.map(jnp.asarray, value))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

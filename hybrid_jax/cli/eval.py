@@ -19,10 +19,11 @@ class Args:
     """Evaluate a checkpoint or a training run. Prints tables, and leaves OUT/TASK.json with the
     figures, settings and seed, and OUT/TASK.png.
 
-    Tasks: perplexity (loss by length of the context, on text), needle and multi-needle (a number,
-    or several, hidden in text by length and depth), token-needle (the same without language), mqar
-    (associative recall by number of pairs), and lm_eval:NAME (a task of EleutherAI's harness, with
-    the extra `eval`)."""
+    Tasks: perplexity (loss by length of the context, on text), quantization (with --quantize: how
+    far predictions on that text are from those of the weights as they are stored), needle and
+    multi-needle (a number, or several, hidden in text by length and depth), token-needle (the same
+    without language), mqar (associative recall by number of pairs), and lm_eval:NAME (a task of
+    EleutherAI's harness, with the extra `eval`)."""
 
     target: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
     """Directory of a checkpoint (Hugging Face or Orbax) or of a training run."""
@@ -36,6 +37,9 @@ class Args:
     """Rows that go through the model together."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantize: str | None = None
+    """Hold the weights of layers in eight bits: int8 (a scale for each output) or fp8 (blocks of
+    128x128; a checkpoint's own are kept)."""
     mesh: str | None = None
     """Split the model over all devices, e.g. 'tensor=8' or 'expert=2,tensor=4'; one axis may be -1.
     Without it one device computes."""
@@ -73,7 +77,7 @@ def run(args: Args) -> int:
     tasks = eval_tasks.prepare(args, directory)
     args.out.mkdir(parents=True, exist_ok=True)
     model, placement = opened.model(
-        directory, args.dtype, args.mesh, args.rules, rows=args.batch_size
+        *(directory, args.dtype, args.mesh, args.rules, args.batch_size, args.quantize)
     )
     for task in tasks:
         _note_length(task, model.config)
@@ -89,6 +93,8 @@ def run(args: Args) -> int:
             "model": model.config.name,
             "seed": args.seed,
             "dtype": args.dtype,
+            "quantize": args.quantize,
+            **opened.weights(model),
             "batch_size": args.batch_size,
             "settings": task.settings,
             "jax": jax.__version__,
@@ -126,6 +132,10 @@ def _check(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+    if args.quantize is not None:
+        from hybrid_jax.model import quantized
+
+        quantized.check_scheme(args.quantize)
     if not 0 <= args.seed < 1 << 32:
         raise ValueError(f"--seed must be in [0, 2**32); got {args.seed}.")
     if args.out.exists() and not (args.out.is_dir() and os.access(args.out, os.W_OK)):

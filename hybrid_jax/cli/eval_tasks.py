@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hybrid_jax.checkpoint.formats.training_run import is_training_run
 from hybrid_jax.cli import opened
 from hybrid_jax.config.text import near_names
-from hybrid_jax.evaluation import grids, needle, perplexity, plots, recall, token_needle
+from hybrid_jax.evaluation import comparison, grids, needle, perplexity, plots, recall, token_needle
 
 LM_EVAL = "lm_eval"
 
@@ -70,6 +70,30 @@ def _perplexity(args, directory, tokenizer) -> Task:
         perplexity.lines,
         plots.draw_perplexity,
     )
+
+
+def _quantization(args, directory, tokenizer) -> Task:
+    if args.quantize is None:
+        raise ValueError(
+            "The task quantization compares quantised weights with those that are stored; say with "
+            "--quantize int8 or fp8 which."
+        )
+    wanted = args.perplexity
+    store = _text(wanted, directory, tokenizer)
+
+    def evaluate(predictor, config, tick) -> dict:
+        reference, placement = opened.model(
+            directory, args.dtype, args.mesh, args.rules, rows=args.batch_size
+        )
+        pair = comparison.Comparison(
+            *(reference, predictor.model), batch_size=args.batch_size, placement=placement
+        )
+        return comparison.evaluate(pair, store, wanted, tick)
+
+    longest = max(wanted.lengths)
+    rows = perplexity.rows_at(perplexity.chosen(store, wanted), longest)
+    settings = dataclasses.asdict(wanted)
+    return Task("quantization", settings, rows, longest, evaluate, comparison.lines, None)
 
 
 def _text(wanted, directory: pathlib.Path, tokenizer):
@@ -185,6 +209,7 @@ def _harness(args, directory, tokenizer, names: list[str]) -> Task:
 
 _MAKE = {
     "perplexity": _perplexity,
+    "quantization": _quantization,
     "needle": _needle,
     "multi-needle": _multi_needle,
     "token-needle": _token_needle,

@@ -36,6 +36,9 @@ class Args:
     """Stop at this token; default: the end-of-document token of the tokenizer, if it has one."""
     dtype: str = "float32"
     """float32 or bfloat16."""
+    quantize: str | None = None
+    """Hold the weights of layers in eight bits: int8 (a scale for each output) or fp8 (blocks of
+    128x128; a checkpoint's own are kept)."""
     mesh: str | None = None
     """Split the model over all devices, e.g. 'tensor=8' or 'expert=2,tensor=4'; one axis may be -1.
     Without it one device computes."""
@@ -62,7 +65,10 @@ def run(args: Args) -> int:
         ids = tokenizer.encode(_prompt(args)).ids
     if not ids:
         raise ValueError("The prompt is empty: give at least one token.")
-    model, placement = opened.model(directory, args.dtype, args.mesh, args.rules)
+    model, placement = opened.model(
+        directory, args.dtype, args.mesh, args.rules, quantize=args.quantize
+    )
+    weights = opened.weights(model)
     started = time.perf_counter()
     new = hybrid_jax.generate(
         model,
@@ -80,8 +86,12 @@ def run(args: Args) -> int:
     text = tokenizer.decode(ids + new) if tokenizer else " ".join(map(str, new))
     print(text)
     print(f"[{len(new)} tokens in {seconds:.1f} s, compiling included]", file=sys.stderr)
+    if args.quantize is not None:
+        held, whole = (size / 1e9 for size in weights.values())
+        print(f"[weights: {held:.3f} GB; {whole:.3f} GB in {args.dtype}]", file=sys.stderr)
     if args.json is not None:
         report = {"prompt": ids, "tokens": new, "text": text, "seconds": round(seconds, 3)}
+        report |= weights
         args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0
 

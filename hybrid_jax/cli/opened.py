@@ -33,10 +33,18 @@ def end_id(tokenizer) -> int | None:
     return next((idx for idx in ids if idx is not None), None)
 
 
-def model(directory: pathlib.Path, dtype: str, mesh: str | None, rules: str, rows: int = 1):
+def model(
+    directory: pathlib.Path,
+    dtype: str,
+    mesh: str | None,
+    rules: str,
+    rows: int = 1,
+    quantize: str | None = None,
+):
     """(model, placement): on a mesh of all devices that decodes `rows` rows, or on one device.
 
-    Raises what `hybrid_jax.load` does, and ValueError for a mesh that does not fit.
+    `quantize` as in `hybrid_jax.load`. Raises what that does, and ValueError for a mesh that does
+    not fit.
     """
     import hybrid_jax
 
@@ -45,4 +53,13 @@ def model(directory: pathlib.Path, dtype: str, mesh: str | None, rules: str, row
         from hybrid_jax.model.parallel import placement as placements
 
         placement = placements.make(mesh, rules).for_decoding(rows)
-    return hybrid_jax.load(directory, dtype=dtype, placement=placement), placement
+    loaded = hybrid_jax.load(directory, dtype=dtype, quantize=quantize, placement=placement)
+    return loaded, placement
+
+
+def weights(model) -> dict[str, int]:
+    """Bytes of a model's weights, and what they would be if none were quantised."""
+    from hybrid_jax import model as models
+
+    whole = models.size_in_bytes(models.abstract(model.config))
+    return {"weight_bytes": models.size_in_bytes(model), "unquantised_weight_bytes": whole}

@@ -6,7 +6,7 @@ The logits of a chunk never exist at one time, and those of a row even less.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ _LOGIT_TOKENS = 1024
 class ModelPredictor:
     """`evaluation.Predictor` of a model; right padding is never seen by a real token."""
 
+    _row: Callable = Scored
+    """What is said of a row, from a column a field."""
+
     def __init__(
         self,
         model: Model,
@@ -44,7 +47,7 @@ class ModelPredictor:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         self.vocab_size = model.config.vocab_size
-        self._model = model
+        self.model = model
         self._batch_size = batch_size
         self._placement = placement
         self._capacity = 0 if longest is None else _power_of_two(longest)
@@ -87,7 +90,7 @@ class ModelPredictor:
                 tokens_BT[row, : lengths[b]] = prompts[b]
                 lengths_B[row] = lengths[b]
             new_BT = inference.generate(
-                self._model, tokens_BT, max_new_tokens=max_new_tokens, prompt_lengths=lengths_B,
+                self.model, tokens_BT, max_new_tokens=max_new_tokens, prompt_lengths=lengths_B,
                 eos_id=eos_id, placement=self._placement, **sampling,
             )  # fmt: skip
             for b, new_T in zip(group, np.asarray(new_BT)):
@@ -104,9 +107,7 @@ class ModelPredictor:
         for b, rows in enumerate(zip(tokens, targets, strict=True)):
             arrays[:, b, : len(rows[0])] = rows
         capacity = max(_power_of_two(num_chunks * C), self._capacity)
-        step = make_score_step(self._model.config, self._placement)
-        _, params = nnx.split(self._model)
-        state = self._model.initial_state(B, capacity, self._placement)
+        step, params, state = self._stepping(B, capacity)
         parts = []
         for begin in range(0, num_chunks * C, C):
             chunk = (jnp.asarray(x_BT[:, begin : begin + C]) for x_BT in arrays)
@@ -114,8 +115,15 @@ class ModelPredictor:
             parts.append(jax.device_get(scored))
         columns = [np.concatenate(column, axis=1) for column in zip(*parts, strict=True)]
         return [
-            Scored(*(column[b, : len(row)] for column in columns)) for b, row in enumerate(tokens)
+            self._row(*(column[b, : len(row)] for column in columns))
+            for b, row in enumerate(tokens)
         ]
+
+    def _stepping(self, batch: int, capacity: int):
+        """(step, parameters, state): what scores a chunk, with what, from where."""
+        step = make_score_step(self.model.config, self._placement)
+        state = self.model.initial_state(batch, capacity, self._placement)
+        return step, nnx.split(self.model)[1], state
 
     def _check(self, rows: Sequence[np.ndarray]) -> None:
         for row in rows:
@@ -149,8 +157,30 @@ def make_score_step(config: ModelConfig, placement: Placement | None = None):
 
 
 def _scored(model: Model, x_BCD, targets_BC, placement: Placement | None):
-    """(log-probability of each target, most likely token), [B, C] each, a few columns at a time."""
-    B, C, _ = x_BCD.shape
+    """(log-probability of each target, most likely token), [B, C] each."""
+
+    def one(x_BXD, targets_BX):
+        logits_BXW = logits_of(model, x_BXD, placement)
+        normaliser_BX = jax.nn.logsumexp(logits_BXW, axis=-1)
+        picked_BX1 = jnp.take_along_axis(logits_BXW, targets_BX[..., None], axis=-1)
+        best_BX = jnp.argmax(logits_BXW, axis=-1).astype(jnp.int32)
+        return picked_BX1[..., 0] - normaliser_BX, best_BX
+
+    return by_columns(one, x_BCD, targets_BC)
+
+
+def logits_of(model: Model, x_BXD, placement: Placement | None):
+    """Logits float32 [B, X, vocab] of what the layers made of rows with a decode state."""
+    logits_BXW = model.logits(x_BXD)
+    if placement is None:
+        return logits_BXW
+    rows = placement.for_decoding(x_BXD.shape[0])
+    return rows.constrain(logits_BXW, Logical.BATCH, None, Logical.VOCAB)
+
+
+def by_columns(one: Callable, *arrays) -> tuple[jax.Array, ...]:
+    """`one(*arrays)` of [B, C, ...], [B, C] each, so few columns at a time that logits fit."""
+    B, C = arrays[0].shape[:2]
     width = max(1, min(C, _LOGIT_TOKENS // B))
     while C % width:
         width -= 1
@@ -159,18 +189,7 @@ def _scored(model: Model, x_BCD, targets_BC, placement: Placement | None):
         parts = x_BCX.reshape(B, C // width, width, *x_BCX.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
-    def one(part):
-        x, targets = part
-        logits_BXW = model.logits(x)
-        if placement is not None:
-            rows = placement.for_decoding(B)
-            logits_BXW = rows.constrain(logits_BXW, Logical.BATCH, None, Logical.VOCAB)
-        normaliser_BX = jax.nn.logsumexp(logits_BXW, axis=-1)
-        picked_BX1 = jnp.take_along_axis(logits_BXW, targets[..., None], axis=-1)
-        best_BX = jnp.argmax(logits_BXW, axis=-1).astype(jnp.int32)
-        return picked_BX1[..., 0] - normaliser_BX, best_BX
-
-    found = jax.lax.map(one, (cut(x_BCD), cut(targets_BC)))
+    found = jax.lax.map(lambda parts: one(*parts), tuple(map(cut, arrays)))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(B, C) for x in found)
 
 

@@ -29,8 +29,7 @@ def evaluate(
     "last", "nats", "tokens"}]}; positions count the tokens that the predicted one sees, at the
     longest length. Raises ValueError if no document is as long as the longest length.
     """
-    store = store.first(settings.tokens)
-    _check_lengths(store, settings.lengths)
+    store = chosen(store, settings)
     lengths, positions = [], []
     for length in sorted(settings.lengths):
         seen, nats = _nats(predictor, store, length, tick)
@@ -52,13 +51,21 @@ def evaluate(
 
 def num_rows(store: TokenStore, settings: Perplexity) -> int:
     """Rows that `evaluate` will score in all, for a progress bar; raises what it does."""
+    store = chosen(store, settings)
+    return sum(rows_at(store, length) for length in settings.lengths)
+
+
+def rows_at(store: TokenStore, length: int) -> int:
+    """Rows in windows of one length."""
+    # Documents are numbered from 1 in each window.
+    return sum(int(row.segment_ids_BT.max()) for row in WindowIndex(store, length, seed=None))
+
+
+def chosen(store: TokenStore, settings: Perplexity) -> TokenStore:
+    """The tokens that count. Raises ValueError if no document is as long as the longest length."""
     store = store.first(settings.tokens)
     _check_lengths(store, settings.lengths)
-    return sum(
-        int(row.segment_ids_BT.max())  # numbered from 1 in each window
-        for length in settings.lengths
-        for row in WindowIndex(store, length, seed=None)
-    )
+    return store
 
 
 def tokenised(path: str, pattern: str, tokenizer, end_id: int | None, most: int) -> TokenStore:
@@ -103,22 +110,23 @@ def lines(report: dict) -> list[str]:
 def _nats(predictor: Predictor, store: TokenStore, length: int, tick: Tick):
     """(tokens seen by each predicted token, its loss), both flat."""
     seen, nats = [], []
+    for tokens, targets in slabs(store, length):
+        for scored in predictor.score(tokens, targets, tick):
+            seen.append(np.arange(1, len(scored.logprob_T) + 1))
+            nats.append(-scored.logprob_T)
+    return np.concatenate(seen), np.concatenate(nats)
+
+
+def slabs(store: TokenStore, length: int):
+    """(rows of tokens, their targets) of windows of `length`, some hundred rows at a time."""
     rows: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def flush():
-        if rows:
-            tokens, targets = zip(*rows, strict=True)
-            for scored in predictor.score(tokens, targets, tick):
-                seen.append(np.arange(1, len(scored.logprob_T) + 1))
-                nats.append(-scored.logprob_T)
-            rows.clear()
-
     for window in WindowIndex(store, length, seed=None):
         rows.extend(_segments(window))
         if len(rows) >= _SLAB:
-            flush()
-    flush()
-    return np.concatenate(seen), np.concatenate(nats)
+            yield tuple(zip(*rows, strict=True))
+            rows = []
+    if rows:
+        yield tuple(zip(*rows, strict=True))
 
 
 def _segments(window):

@@ -3,15 +3,28 @@
 import functools
 
 import jax
+import qwix
 
+from hybrid_jax.model import quantized
 from hybrid_jax.model.lowrank import LowRank
+
+
+def operand(w, dtype):
+    """A weight as `project` takes it beside activations of this dtype: cast, unless quantised.
+
+    What is quantised stays so until it is multiplied, and parts of it can be taken before.
+    """
+    return w if isinstance(w, qwix.QArray) else w.astype(dtype)
 
 
 def project(x, w, num_in: int = 1):
     """x [..., in dims] times w [in dims, out dims]: [..., out dims], contracted over `num_in` dims.
 
-    `w` is an array, or a `LowRank`.
+    `w` is an array, a `LowRank`, or a `qwix.QArray`, which is an array from here on: XLA makes it
+    of values and scales as the product reads it.
     """
+    if isinstance(w, qwix.QArray):
+        w = quantized.wide(w, x.dtype)
     if not isinstance(w, LowRank):
         return _project(x, w, num_in)
     thin = _project(_project(x, w.a, num_in), w.b, 1)

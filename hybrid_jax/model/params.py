@@ -112,5 +112,12 @@ def logical_axes(param: nnx.Param) -> tuple[Logical, ...]:
 
 
 def count(model: nnx.Module) -> int:
-    """Parameters of a model, real or abstract."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    """Parameters of a model, real or abstract; scales of quantised ones are none."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return sum(math.prod(param.shape) for _, param in state)
+
+
+def size_in_bytes(model: nnx.Module) -> int:
+    """Memory of the parameters of a model, real or abstract, all devices together."""
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

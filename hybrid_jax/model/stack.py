@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hybrid_jax.config.model import ModelConfig
-from hybrid_jax.model import lowrank, remat
+from hybrid_jax.model import lowrank, quantized, remat
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.layer import LayerModule
 from hybrid_jax.model.mixers.table import MIXERS
@@ -41,7 +41,7 @@ class Stack(nnx.Module):
     def __call__(self, x_BTD, context: Context):
         """(x after the last layer, statistics of the routers stacked over layers or None)."""
         bodies = [self._training_body(run, context) for run in self.runs]
-        params = [nnx.split(run)[1] for run in self.runs]
+        params = [quantized.as_bytes(nnx.split(run)[1]) for run in self.runs]
 
         scan = functools.partial(_scan, unroll=not self.config.scan_layers)
 
@@ -60,8 +60,10 @@ class Stack(nnx.Module):
         """(x after the last layer, the new entries of the decode state, routing or None)."""
         lead = [(self.config.repeats, run.count) for run in self.config.pattern]
         indices = tuple(jnp.arange(n * c, dtype=jnp.int32).reshape(n, c) for n, c in lead)
-        # Decoding reads weights far more often than once: corrections are added before.
-        whole = tuple(_flatten_lead(lowrank.merge(nnx.split(run)[1])) for run in self.runs)
+        # Decoding reads weights far more often than once: corrections are added before. Quantised
+        # weights stay so: widened here they would take the memory that they are to save.
+        params = (quantized.as_bytes(lowrank.merge(nnx.split(run)[1])) for run in self.runs)
+        whole = tuple(map(_flatten_lead, params))
         memory = tuple(_flatten_lead(entry) for entry in entries)
 
         def pattern(carry, inputs):
@@ -91,7 +93,7 @@ class Stack(nnx.Module):
                 graphdef, params = nnx.split(run)
                 for c in range(jax.tree.leaves(params)[0].shape[1]):
                     at = jax.tree.map(lambda leaf: leaf[n, c], (params, run_data))  # noqa: B023
-                    layer = nnx.merge(graphdef, lowrank.merge_experts(at[0]))
+                    layer = nnx.merge(graphdef, self._with_plain_experts(at[0]))
                     x_BTD, _, _ = layer(x_BTD, context, at[1], None)
                     out.append(x_BTD)
         return out
@@ -104,13 +106,18 @@ class Stack(nnx.Module):
             if context.placement is not None:
                 params = context.placement.gather(params)
                 x_BTD = context.placement.constrain(x_BTD, *ROWS, None)
-            params = lowrank.merge_experts(params)
-            x_BTD, _, routing = nnx.merge(graphdef, params)(x_BTD, context, layer_data, None)
+            layer = nnx.merge(graphdef, self._with_plain_experts(params))
+            x_BTD, _, routing = layer(x_BTD, context, layer_data, None)
             return x_BTD, routing
 
         if self.config.remat == "none":
             return body
         return jax.checkpoint(body, policy=remat.KEEP[self.config.remat], prevent_cse=False)
+
+    def _with_plain_experts(self, params):
+        """One layer's parameters with arrays for experts, as grouped products take them."""
+        dtype = self.config.dtypes.compute
+        return quantized.widen_experts(lowrank.merge_experts(params), dtype)
 
     def _layer_data(self):
         """For each run what differs from layer to layer, [repeats, count, ...] or None."""

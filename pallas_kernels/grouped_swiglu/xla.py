@@ -19,8 +19,10 @@ def why_not(target, *_) -> str | None:
     return None
 
 
-def grouped_swiglu(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset) -> jax.Array:
-    """out_RD as in api.grouped_swiglu, without a gradient."""
+def grouped_swiglu(
+    x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset, widen=None
+) -> jax.Array:
+    """out_RD as in api.grouped_swiglu, without a gradient; `widen` as in `stacked`."""
     num_rows = x_RD.shape[0]
     groups = blocks.find_groups(group_sizes_E, num_rows)
 
@@ -28,8 +30,12 @@ def grouped_swiglu(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset) -> 
         group = groups.active_E[i]
         index = group if group_offset is None else group_offset + group
         gate_up_DX, down_FD = (
-            lax.dynamic_index_in_dim(w, index, keepdims=False) for w in (gate_up_EDX, down_EFD)
+            jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), weight)
+            for weight in (gate_up_EDX, down_EFD)
         )
+        if widen is not None:
+            gate_up_DX, down_FD = (widen(w, x_RD.dtype) for w in (gate_up_DX, down_FD))
+            gate_up_DX = gate_up_DX.reshape(gate_up_DX.shape[0], -1)
 
         def one_block(block, out_RD):
             x_block = block.read(x_RD)
@@ -40,5 +46,5 @@ def grouped_swiglu(x_RD, gate_up_EDX, down_EFD, group_sizes_E, group_offset) -> 
 
         return blocks.for_each_block(groups, group, num_rows, one_block, out_RD)
 
-    out_RD = blocks.zeros((num_rows, down_EFD.shape[2]), x_RD.dtype, like=x_RD)
+    out_RD = blocks.zeros(x_RD.shape, x_RD.dtype, like=x_RD)
     return lax.fori_loop(0, groups.num_active, one_group, out_RD)

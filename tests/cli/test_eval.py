@@ -98,6 +98,10 @@ def test_bad_input_is_one_sentence_before_the_model_is_read(tmp_path, capsys):
     assert "is not a directory" in complaint(capsys, tmp_path / "x", *out, "--task", "mqar")
     words = complaint(capsys, path, "--out", tmp_path / "out", "--task", "mqar", "--limit", 0)
     assert "--limit must be at least 1; got 0" in words
+    words = complaint(capsys, path, *out, "--task", "quantization")
+    assert "say with --quantize int8 or fp8 which" in words
+    words = complaint(capsys, path, *out, "--task", "mqar", "--quantize", "int4")
+    assert "one of int8, fp8; got 'int4'" in words
     (tmp_path / "file").write_text("")
     options = (path, "--out", tmp_path / "file", "--task", "mqar")
     assert "is no directory to write to" in complaint(capsys, *options)

@@ -30,6 +30,24 @@ def test_a_mesh_of_another_size_is_refused(tmp_path, capsys):
     assert "has 3 devices; there are 8" in capsys.readouterr().err
 
 
+def test_quantised_weights_are_held_and_said(tmp_path, capsys):
+    config = published.original_config()
+    path = published.write_directory(tmp_path / "m", config, published.tensors(config))
+    out = tmp_path / "out.json"
+    args = generate.Args(
+        str(path), token_ids=(1, 2, 3), max_new_tokens=2, quantize="int8", json=out
+    )
+    assert generate.run(args) == 0
+    report = json.loads(out.read_text())
+    assert len(report["tokens"]) == 2
+    # Of float32 a quarter, and what is not quantised; rows of 12 have many scales.
+    held, whole = report["weight_bytes"], report["unquantised_weight_bytes"]
+    assert whole / 4 < held < whole / 2
+    assert f"{held / 1e9:.3f} GB; {whole / 1e9:.3f} GB in float32" in capsys.readouterr().err
+    assert cli.main(["generate", str(path), "--token-ids", "1", "--quantize", "int4"]) == 2
+    assert "one of int8, fp8; got 'int4'" in capsys.readouterr().err
+
+
 @pytest.mark.nightly
 def test_tokens_are_the_same_on_a_mesh(tmp_path):
     config = published.original_config()

@@ -5,16 +5,16 @@ from flax import nnx
 
 from hybrid_jax.config import layers
 from hybrid_jax.model.context import Context
-from hybrid_jax.model.linear import project
+from hybrid_jax.model.linear import operand, project
 from hybrid_jax.model.params import Initialiser
 from sharding import Logical
 
 
 def swiglu(x_BTD, gate_up_D2F, down_FD):
     """down(silu(gate(x)) * up(x))."""
-    gate_up_D2F = gate_up_D2F.astype(x_BTD.dtype)
+    gate_up_D2F = operand(gate_up_D2F, x_BTD.dtype)
     gate_BTF, up_BTF = (project(x_BTD, gate_up_D2F[:, part]) for part in range(2))
-    return project(jax.nn.silu(gate_BTF) * up_BTF, down_FD.astype(x_BTD.dtype))
+    return project(jax.nn.silu(gate_BTF) * up_BTF, operand(down_FD, x_BTD.dtype))
 
 
 class DenseSwiGlu(nnx.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybrid_jax.config import layers
+from hybrid_jax.model import quantized
 from hybrid_jax.model.context import Context
 from hybrid_jax.model.ffn import dispatch, router
 from hybrid_jax.model.ffn.dense import swiglu
@@ -23,12 +24,16 @@ def expert_mixture(
 ):
     """sum_a weight_a * down_e(silu(gate_e(x)) * up_e(x)) over each token's experts, in float32.
 
-    With `layer_idx` the weights have a dim of layers before E, of which this is one.
+    With `layer_idx` the weights have a dim of layers before E, of which this is one, and may be
+    quantised.
     """
     token_R, row_TA, sizes_E = dispatch.expert_order(choice.expert_TA, num_experts)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
     if layer_idx is not None:
-        y_RD = grouped_swiglu_of_layer(x_RD, gate_up_ED2F, down_EFD, sizes_E, layer_idx)
+        weights = gate_up_ED2F, down_EFD
+        y_RD = grouped_swiglu_of_layer(
+            *(x_RD, *weights, sizes_E, layer_idx), widen=quantized.widener(weights)
+        )
     else:
         F = down_EFD.shape[1]
         gate_up = gate_up_ED2F.astype(x_TD.dtype).reshape(*gate_up_ED2F.shape[:2], 2 * F)

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybrid_jax.config import layers
 from hybrid_jax.model import decay, remat
 from hybrid_jax.model.context import Context
-from hybrid_jax.model.linear import project
+from hybrid_jax.model.linear import operand, project
 from hybrid_jax.model.norm import rms_norm
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
@@ -49,7 +49,7 @@ class LightningMixer(nnx.Module):
 
     def __call__(self, x_BTD, context: Context, log_decay_H, state_BHKV):
         dtype = x_BTD.dtype
-        q_BTHK, k_BTHK, v_BTHV = _queries_keys_values(x_BTD, self.qkv[...].astype(dtype))
+        q_BTHK, k_BTHK, v_BTHV = _queries_keys_values(x_BTD, operand(self.qkv[...], dtype))
         segments = context.segment_ids_BT
         arrays = q_BTHK, k_BTHK, v_BTHV, log_decay_H
         if state_BHKV is not None:
@@ -61,9 +61,9 @@ class LightningMixer(nnx.Module):
         out_BTHV = checkpoint_name(out_BTHV, remat.RECALLED)
         # Norm over all heads together, then the gate, then the projection: the released order.
         out_BTHV = rms_norm(out_BTHV, self.norm[...], self.spec.norm_eps, num_dims=2)
-        gate_BTHV = project(x_BTD, self.gate[...].astype(dtype))
+        gate_BTHV = project(x_BTD, operand(self.gate[...], dtype))
         out_BTHV = out_BTHV * jax.nn.sigmoid(gate_BTHV)
-        return project(out_BTHV, self.out[...].astype(dtype), 2), state_BHKV
+        return project(out_BTHV, operand(self.out[...], dtype), 2), state_BHKV
 
     def _extend(self, placement, q_BTHK, k_BTHK, v_BTHV, log_decay_H, segment_ids_BT, state_BHKV):
         """(out_BTHV, state after these tokens): each device steps the rows and heads it holds."""

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from hybrid_jax.config import layers
 from hybrid_jax.model import remat
 from hybrid_jax.model.context import Context
-from hybrid_jax.model.linear import project
+from hybrid_jax.model.linear import operand, project
 from hybrid_jax.model.norm import rms_norm
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.params import Initialiser
@@ -102,9 +102,9 @@ class SoftmaxMixer(nnx.Module):
     def __call__(self, x_BTD, context: Context, layer_data, state: KeyValues | None):
         del layer_data
         dtype = x_BTD.dtype
-        q_BTHK = project(x_BTD, self.q[...].astype(dtype))
-        k_BTGK = project(x_BTD, self.k[...].astype(dtype))
-        v_BTGV = project(x_BTD, self.v[...].astype(dtype))
+        q_BTHK = project(x_BTD, operand(self.q[...], dtype))
+        k_BTGK = project(x_BTD, operand(self.k[...], dtype))
+        v_BTGV = project(x_BTD, operand(self.v[...], dtype))
         if self.spec.qk_norm:
             # Over the whole projection, before the heads are split and rotated (M2).
             q_BTHK = rms_norm(q_BTHK, self.q_norm[...], self.norm_eps, num_dims=2)
@@ -121,7 +121,7 @@ class SoftmaxMixer(nnx.Module):
                 q_BTHK, k_BTGK, v_BTGV, q_segment_ids=segments, kv_segment_ids=segments
             )
         out_BTHV = checkpoint_name(out_BTHV, remat.ATTENDED)
-        return project(out_BTHV, self.out[...].astype(dtype), 2), state
+        return project(out_BTHV, operand(self.out[...], dtype), 2), state
 
     def _extend(self, context: Context, q_BTHK, k_BTGK, v_BTGV, state: KeyValues):
         """(out_BTHV, the cache with these tokens): each device reads the rows and heads it holds.

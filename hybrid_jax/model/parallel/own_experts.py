@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hybrid_jax.model import quantized
 from hybrid_jax.model.ffn import dispatch
 from hybrid_jax.model.ffn.router import Choice
 from hybrid_jax.model.parallel.admission import ExpertAxes
@@ -32,7 +33,7 @@ def expert_mixture(
       x_TD: tokens; the same on all devices of `axes.expert`, unless `gather` is set.
       choice: of these tokens, among all experts.
       gate_up_LED2F: this device's experts in all layers, and with `axes.tensor` its part of F.
-      down_LEFD: as gate_up.
+      down_LEFD: as gate_up. Both may be quantised.
       layer_idx: which of the layers.
       gather: devices of `axes.expert` hold different tokens, as many each: all are gathered first,
         and each device gets the results of its own. Costs x and out of all tokens once.
@@ -56,9 +57,12 @@ def expert_mixture(
     # J is no expert: such rows come last, are multiplied by nothing and give zeros.
     own_TA = jnp.where((own_TA >= 0) & (own_TA < J), own_TA, J)
     token_R, row_TA, sizes_E = dispatch.expert_order(own_TA, J)
-    x_TD, weight_TA, gate_up_LED2F = varying.alike(x_TD, weight_TA, gate_up_LED2F)
+    weights = gate_up_LED2F, down_LEFD
+    x_TD, weight_TA, weights = varying.alike(x_TD, weight_TA, weights)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
-    y_RD = grouped_swiglu_of_layer(x_RD, gate_up_LED2F, down_LEFD, sizes_E, layer_idx)
+    y_RD = grouped_swiglu_of_layer(
+        *(x_RD, *weights, sizes_E, layer_idx), widen=quantized.widener(weights)
+    )
     out_TD = dispatch.combine(y_RD, weight_TA, token_R, row_TA)
     if gather:
         out_TD = lax.psum_scatter(out_TD, axes.expert, tiled=True)

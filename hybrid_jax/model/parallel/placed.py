@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
+from hybrid_jax.model import quantized
 from hybrid_jax.model.ffn.router import Choice, Load
 from hybrid_jax.model.parallel import experts, lightning, own_experts, softmax, weights, words
 from hybrid_jax.model.parallel.placement import ROWS, Placement
@@ -156,7 +157,7 @@ def stacked_expert_mixture(
     """`ffn.moe.expert_mixture` [B, T, D] with one layer of weights that lie in one array: decoding.
 
     Tokens travel to their experts only where many lie on different devices of the expert axis;
-    otherwise every device adds its own experts' part. None is dropped.
+    otherwise every device adds its own experts' part. None is dropped. Weights may be quantised.
     """
     axes = experts.ExpertAxes(
         placement.axes_of(Logical.EXPERTS), placement.axes_of(Logical.FFN) or None
@@ -173,7 +174,7 @@ def stacked_expert_mixture(
         if differ and x_TD.shape[0] * jax.lax.axis_size(axes.expert) > GATHERED_TOKENS:
             # All experts have rows then: one layer cut out is no loss.
             gate_up_ED2F, down_EFD = (
-                jax.lax.dynamic_index_in_dim(w, layer_idx, keepdims=False)
+                quantized.wide(quantized.one_of(w, layer_idx), x_BTD.dtype)
                 for w in (gate_up_LED2F, down_LEFD)
             )
             out_TD, _ = experts.expert_mixture(
@@ -190,7 +191,8 @@ def stacked_expert_mixture(
     rows = placement.spec(*ROWS, None)
     gate_up = placement.spec(None, Logical.EXPERTS, None, None, Logical.FFN)
     down = placement.spec(None, Logical.EXPERTS, Logical.FFN, None)
-    specs = (rows, rows, rows, gate_up, down, PartitionSpec())
+    weights = quantized.split(gate_up_LED2F, gate_up), quantized.split(down_LEFD, down)
+    specs = (rows, rows, rows, *weights, PartitionSpec())
     return _run(
         *(placement, local, specs, rows, x_BTD),
         *(choice.expert_TA, choice.weight_TA, gate_up_LED2F, down_LEFD, layer_idx),

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import qwix
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_jax.model import lowrank
+from hybrid_jax.model import lowrank, quantized
 from hybrid_jax.model.lowrank import LowRank
 from hybrid_jax.model.parallel.admission import DROPLESS, Capacity
 from hybrid_jax.model.params import logical_axes
@@ -123,18 +124,39 @@ class Placement:
         return NamedSharding(self.mesh, self.rules.parameter(axes, shape, self.shape, name))
 
     def stored(self, params):
-        """`parameter` of every `nnx.Variable` of a tree: the same tree with shardings in it."""
+        """`parameter` of every `nnx.Variable` of a tree: the same tree with shardings in it.
 
-        def one(path, param: nnx.Param):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return param.replace(self.parameter(name, logical_axes(param), param.shape))
+        Of quantised weights the scales must divide too: `divisible` sees to it.
+        """
 
-        is_param = lambda x: isinstance(x, nnx.Variable)
-        return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_param)
+        def one(param, at_rest: NamedSharding):
+            specs = quantized.split(param.get_raw_value(), at_rest.spec)
+            return param.replace(jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs))
+
+        return self._each_parameter(one, params)
+
+    def divisible(self, params):
+        """The same tree with scales of quantised weights that divide over the mesh."""
+
+        def one(param, at_rest: NamedSharding):
+            return param.replace(quantized.divisible(param.get_raw_value(), at_rest))
+
+        return self._each_parameter(one, params)
 
     def place(self, params):
         """The same tree on the devices of the mesh, each array as `stored` says."""
+        params = self.divisible(params)
         return jax.tree.map(jax.device_put, params, self.stored(params))
+
+    def _each_parameter(self, one, params):
+        """`one` of every `nnx.Variable` and where it is stored."""
+
+        def named(path, param: nnx.Param):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return one(param, self.parameter(name, logical_axes(param), param.shape))
+
+        is_param = lambda x: isinstance(x, nnx.Variable)
+        return jax.tree_util.tree_map_with_path(named, params, is_leaf=is_param)
 
     def gather(self, params):
         """A layer's tree of `nnx.Variable` as it computes: what storage alone splits is whole.
@@ -147,6 +169,10 @@ class Placement:
             if Logical.EXPERTS in axes and Logical.FFN in axes:
                 return param
             name = jax.tree_util.keystr(path)
+            if isinstance(value, qwix.QArray):
+                # Scales are small: XLA brings them to their values.
+                values = self._gathered(name, axes, value.qvalue)
+                return param.replace(dataclasses.replace(value, qvalue=values))
             if not isinstance(value, LowRank):
                 return param.replace(self._gathered(name, axes, value))
             parts = zip((axes, *lowrank.axes_of(axes)), (value.weight, value.a, value.b))
