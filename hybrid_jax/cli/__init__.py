@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import select
 import sys
 
 from hybrid_jax.cli.huge_pages import restart_with_huge_pages
@@ -61,8 +62,13 @@ def _run(name: str, argv: list[str]) -> int:
             args = parse(argv)
         else:
             args = tyro.cli(command.Args, args=argv, prog=f"hybrid-jax {name}")
-        return command.run(args)
+        code = command.run(args)
+        # Here, where a reader who is gone can still be told from an error.
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         if os.environ.get("HYBRID_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -70,6 +76,20 @@ def _run(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether it was standard output that broke, as by `hybrid-jax ... | head`: no error to tell.
+
+    Then it leads nowhere from here on, or Python would try, and complain, as it ends.
+    """
+    pipe = sys.stdout.fileno()
+    ask = select.poll()
+    ask.register(pipe, 0)
+    if not ask.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), pipe)
+    return True
 
 
 def _usage() -> str:

@@ -1,6 +1,7 @@
 """The command line itself: how it restarts, and what its usage promises."""
 
 import os
+import subprocess
 import sys
 
 from hybrid_jax import cli
@@ -29,3 +30,11 @@ def test_the_usage_names_every_exit_code(capsys):
     assert cli.main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "0 ok, 1 a check failed, 2 bad input, 130 interrupted" in said
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "hybrid_jax.cli", "presets", "nano", "--parameters"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.stdout.close()
+    # As a shell has it for a program that SIGPIPE ended.
+    assert (started.stderr.read(), started.wait()) == ("", 141)
