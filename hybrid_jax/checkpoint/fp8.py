@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 
 from hybrid_jax.checkpoint.boxes import Box
@@ -9,6 +10,11 @@ from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 
 SCALE_SUFFIX = "_scale_inv"
 FP8_TAGS = ("F8_E4M3", "F8_E5M2")
+# Of M2, DeepSeek-V3 and every reader of theirs.
+BLOCK = (128, 128)
+_LARGEST = 448.0
+# Half way to the next value that e4m3fn would have: what is below rounds to its largest.
+_ROUNDS_TO_LARGEST = 464.0
 
 
 def block_size(config: dict, where: str) -> tuple[int, int] | None:
@@ -80,3 +86,30 @@ def dequantize(
     for begin, end in itertools.pairwise([*first, len(rows)]):
         weight[begin:end] *= factors[block_of_row[begin] - block_of_row[0]]
     return weight
+
+
+def quantize(weight: np.ndarray, block: tuple[int, int] = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """A two-dim weight as (float8_e4m3fn, float32 scale a block), the inverse of `dequantize`.
+
+    Scales are powers of two, the smallest that fit. A float keeps its relative precision under any
+    scale, so nothing is lost against amax / 448 but part of one octave of numbers near zero; and
+    what comes out is exact in bfloat16 too, so that quantising it again gives the same bytes.
+    ValueError if a value is NaN or infinite.
+    """
+    rows, columns = (-(-size // part) for size, part in zip(weight.shape, block, strict=True))
+    stored = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)
+    scale = np.ones((rows, columns), np.float32)
+    starts = np.arange(0, weight.shape[1], block[1])
+    for i in range(rows):
+        at = slice(i * block[0], (i + 1) * block[0])
+        part = weight[at].astype(np.float32)
+        amax = np.maximum.reduceat(np.abs(part).max(axis=0), starts)
+        if not np.isfinite(amax).all():
+            raise ValueError("FP8 blocks hold finite weights only; this one has NaN or infinity.")
+        fraction, exponent = np.frexp(amax / np.float32(_ROUNDS_TO_LARGEST))
+        # A scale below the normal numbers would itself be rounded.
+        exponent = np.maximum(exponent - (fraction == 0.5), -126)
+        scale[i] = np.where(amax > 0, np.ldexp(np.float32(1), exponent), 1)
+        part /= np.repeat(scale[i], block[1])[None, : part.shape[1]]
+        stored[at] = np.clip(part, -_LARGEST, _LARGEST).astype(stored.dtype)
+    return stored, scale

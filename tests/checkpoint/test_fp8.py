@@ -1,0 +1,73 @@
+"""FP8 blocks: what transformers reads out of them, and what quantising twice changes."""
+
+import types
+
+import hypothesis
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hybrid_jax.checkpoint import fp8
+
+BF16 = ml_dtypes.bfloat16
+
+
+def _weight(seed: int, shape=(200, 300), spread=4.0) -> np.ndarray:
+    """Values over many octaves, zeros, and a block of nothing else."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal(shape) * np.exp2(random.uniform(-spread, spread, shape) - 6)
+    weight[random.random(shape) < 0.01] = 0
+    weight[:128, :128] *= seed % 2
+    return weight.astype(BF16).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", ["power of two", "any"])
+def test_transformers_reads_the_same_numbers(scale):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from transformers.integrations import finegrained_fp8
+
+    # Its blocks must divide the weight.
+    stored, scale_inv = fp8.quantize(_weight(1, (256, 384)))
+    if scale == "any":
+        scale_inv *= np.random.default_rng(0).uniform(0.5, 1, scale_inv.shape).astype(np.float32)
+    there = finegrained_fp8.Fp8Dequantize(types.SimpleNamespace()).convert(
+        {
+            "weight": torch.from_numpy(stored.view(np.uint8)).view(torch.float8_e4m3fn),
+            "weight_scale_inv": torch.from_numpy(scale_inv),
+        }
+    )["weight"]
+    assert there.dtype == torch.float32
+    np.testing.assert_array_equal(fp8.dequantize(stored, scale_inv, fp8.BLOCK), there.numpy())
+
+
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(st.integers(0, 1 << 30), st.sampled_from([0.1, 4.0, 12.0, 60.0]))
+def test_quantising_again_gives_the_same_bytes(seed, spread):
+    stored, scale = fp8.quantize(_weight(seed, spread=spread))
+    for dtype in (np.float32, BF16):
+        between = fp8.dequantize(stored, scale, fp8.BLOCK).astype(dtype)
+        again, scale_again = fp8.quantize(between)
+        np.testing.assert_array_equal(again.view(np.uint8), stored.view(np.uint8))
+        np.testing.assert_array_equal(scale_again, scale)
+
+
+def test_every_value_is_the_nearest_that_its_block_can_hold():
+    weight = _weight(3)
+    stored, scale = fp8.quantize(weight)
+    kept = fp8.dequantize(stored, scale, fp8.BLOCK)
+    step = np.repeat(np.repeat(scale, 128, 0), 128, 1)[:200, :300]
+    # Three bits behind the point; near zero, steps of 2^-9 of the scale.
+    error = np.abs(kept - weight)
+    assert (error <= np.maximum(np.abs(weight) * 2.0**-4, step * 2.0**-10)).all()
+    # As large as fits: the largest value of a block lies in the top octave.
+    top = np.abs(stored.astype(np.float32)).max()
+    assert 240 <= top <= 448
+
+
+def test_what_is_not_finite_is_refused():
+    weight = _weight(0)
+    weight[150, 7] = np.inf
+    with pytest.raises(ValueError, match="finite weights only"):
+        fp8.quantize(weight)
