@@ -62,9 +62,10 @@ def in_place(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx) -> jax.Ar
 
 def one_by_one(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx, *, widen) -> jax.Array:
     """The same, each matrix widened as its group is reached."""
-    weights = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), (gate_up_LED2F, down_LEFD))
+    both = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), (gate_up_LED2F, down_LEFD))
+    gate_up, down = both
     offset = layer_idx * group_sizes_E.shape[0]
-    return xla.grouped_swiglu(x_RD, *weights, group_sizes_E, offset, widen)
+    return xla.grouped_swiglu(x_RD, gate_up, down, group_sizes_E, offset, widen)
 
 
 def cut_out(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx, *, widen=_cast) -> jax.Array:
