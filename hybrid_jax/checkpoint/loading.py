@@ -104,7 +104,7 @@ class _OnDevices:
 
     def __init__(self, box: Box, dtype: np.dtype, devices: list[jax.Device | None]):
         self.box = box
-        self._arrays = [jnp.zeros(box.shape, dtype, device=device) for device in devices]
+        self._arrays = [_zeros(box.shape, dtype, device) for device in devices]
 
     def put(self, place: Box, values: np.ndarray) -> None:
         """Values of this shard; `place` counts in the whole parameter."""
@@ -117,6 +117,12 @@ class _OnDevices:
     def finish(self) -> list[jax.Array]:
         """The shard on each device."""
         return self._arrays
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
+    # Made where it stays: `jnp.zeros(device=...)` makes it on the default device, and copies it.
+    where = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=where)()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
