@@ -67,12 +67,12 @@ class QuantizingReader:
         own = quantized.tile(self._scheme, axes, shape[lead:], self._block)
         if own is None:
             return self._checkpoint.read_leaf(leaf, shape, dtype, self._check_finite)
-        values = np.empty(shape, quantized.DTYPES[self._scheme])
+        values = np.empty(shape, quantized.HELD[self._scheme])
         scales = np.empty(quantized.scale_shape(shape, own), np.float32)
         sides = [own[side[-1]] for side in matrix_dims(axes) or ()]
         for rule, block in self._blocks(leaf, (1,) * lead + own, sides):
             values[rule.slices()], scales[rule.slices()] = block
-        return qwix.QArray(values, scales, qtype=values.dtype)
+        return qwix.QArray(values, scales, qtype=quantized.DTYPES[self._scheme])
 
     def _blocks(self, leaf: str, tiles: quantized.Tile, sides: list[int]):
         """(rule, (values, scales) of its block of the leaf) of each tensor with a part in it."""
@@ -84,8 +84,8 @@ class QuantizingReader:
             kept, dequantize=False, check_finite=self._check_finite
         ):
             rule, scale = rules[name], scales.pop(checkpoint.scales[name])
-            own = _of_block(rule, tiles)
-            yield rule, (rule.to_block(stored), _scale_block(rule, own, scale, checkpoint, sides))
+            scale = _scale_block(rule, _of_block(rule, tiles), scale, checkpoint, sides)
+            yield rule, (rule.to_block(stored.view(np.uint8)), scale)
         others = [name for name in rules if name not in set(kept)]
         for name, stored in checkpoint.read(
             others, dequantize=True, check_finite=self._check_finite

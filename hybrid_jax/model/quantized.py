@@ -21,6 +21,10 @@ from sharding import Logical
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 """What values are stored in, by scheme. int8 has a scale for each output of a matrix, as MiniMax
 serves Text-01 and M1; fp8 one for each block, as M2 is released."""
+HELD = DTYPES | {"fp8": jnp.dtype(jnp.uint8)}
+"""What arrays of values are of: FP8 is held as its bytes, and `QArray.qtype` says so. Where there
+is no arithmetic in FP8, XLA makes float16 of all arrays of it that pass through a loop, even if
+parts are cut out of them and no more."""
 BLOCK = (128, 128)
 """Inputs and outputs of a matrix that share a scale of fp8, at most."""
 
@@ -69,12 +73,16 @@ def quantize(array, scheme: str, own: Tile) -> qwix.QArray:
     """The array rounded to the nearest of eight bits, with the largest of a tile at their end."""
     lead = array.ndim - len(own)
     dims = {lead + dim: size for dim, size in enumerate(own)}
-    return qwix.quantize(
+    found = qwix.quantize(
         array.astype(jnp.float32),
         DTYPES[scheme],
         channelwise_axes=(*range(lead), *(dim for dim, size in dims.items() if size == 1)),
         tiled_axes={dim: size for dim, size in dims.items() if size > 1},
     )
+    if HELD[scheme] == DTYPES[scheme]:
+        return found
+    values = jax.lax.bitcast_convert_type(found.qvalue, HELD[scheme])
+    return dataclasses.replace(found, qvalue=values)
 
 
 _quantize_compiled = jax.jit(quantize, static_argnums=(1, 2))
@@ -82,7 +90,7 @@ _quantize_compiled = jax.jit(quantize, static_argnums=(1, 2))
 
 def quantize_on_host(array: np.ndarray, scheme: str, own: Tile) -> tuple[np.ndarray, np.ndarray]:
     """(values, scales) of `quantize` in host memory, made matrix by matrix."""
-    values = np.empty(array.shape, DTYPES[scheme])
+    values = np.empty(array.shape, HELD[scheme])
     scales = np.empty(scale_shape(array.shape, own), np.float32)
     lead = array.ndim - len(own)
     # Experts are matrices of their own.
@@ -114,22 +122,6 @@ def wide(weight, dtype):
             weight = dataclasses.replace(weight, qvalue=values)
         weight = qwix.dequantize(weight)
     return weight.astype(dtype)
-
-
-def as_bytes(tree):
-    """The same tree with FP8 as unsigned integers, which `wide` understands.
-
-    Where there is no arithmetic in FP8, XLA makes wider numbers of all arrays of it that pass
-    through a loop, even if nothing is done with them but to cut out a part.
-    """
-
-    def one(leaf):
-        if isinstance(leaf, qwix.QArray) and leaf.qvalue.dtype == DTYPES["fp8"]:
-            values = jax.lax.bitcast_convert_type(leaf.qvalue, jnp.uint8)
-            return dataclasses.replace(leaf, qvalue=values)
-        return leaf
-
-    return jax.tree.map(one, tree, is_leaf=_is_array)
 
 
 def one_of(weight, idx):

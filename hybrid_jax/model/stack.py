@@ -41,7 +41,7 @@ class Stack(nnx.Module):
     def __call__(self, x_BTD, context: Context):
         """(x after the last layer, statistics of the routers stacked over layers or None)."""
         bodies = [self._training_body(run, context) for run in self.runs]
-        params = [quantized.as_bytes(nnx.split(run)[1]) for run in self.runs]
+        params = [nnx.split(run)[1] for run in self.runs]
 
         scan = functools.partial(_scan, unroll=not self.config.scan_layers)
 
@@ -62,8 +62,7 @@ class Stack(nnx.Module):
         indices = tuple(jnp.arange(n * c, dtype=jnp.int32).reshape(n, c) for n, c in lead)
         # Decoding reads weights far more often than once: corrections are added before. Quantised
         # weights stay so: widened here they would take the memory that they are to save.
-        params = (quantized.as_bytes(lowrank.merge(nnx.split(run)[1])) for run in self.runs)
-        whole = tuple(map(_flatten_lead, params))
+        whole = tuple(_flatten_lead(lowrank.merge(nnx.split(run)[1])) for run in self.runs)
         memory = tuple(_flatten_lead(entry) for entry in entries)
 
         def pattern(carry, inputs):
