@@ -284,7 +284,7 @@ def test_the_command_is_one_of_several_as_options_or_the_environment_say(
     assert "--process and --of go together" in capsys.readouterr().err
     assert cli.main([*command, "--process", "1", "--of", "2"]) == 0
     said = capsys.readouterr().out
-    assert "process 1 of 2 wrote 0.000 GB of" in said and "process 0 finishes when all" in said
+    assert "process 1 of 2 wrote 0.001 GB of" in said and "process 0 finishes when all" in said
     for name, value in (
         ("COORDINATOR_ADDRESS", "a:1"),
         ("NUM_PROCESSES", "2"),
