@@ -132,9 +132,10 @@ print(json.dumps({"more": (peak - before) / 1024 - held * mib, "held": held * mi
 
 @pytest.mark.parametrize(
     "layers, experts, piece, most",
-    # Eight threads hold a piece each, and another one while they turn it; the rest is XLA's.
+    # Eight threads hold a piece each, and another one while they turn it; the rest, 50 MiB of the
+    # 57 measured, is XLA's programs. A stack on the host would add its own 128.
     [
-        (3, 8, 1 << 18, 64),
+        (3, 8, 1 << 18, 96),
         pytest.param(8, 16, 1 << 24, 512, marks=pytest.mark.nightly),
     ],
 )
