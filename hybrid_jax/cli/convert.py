@@ -32,10 +32,10 @@ class Args:
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """Directory of the checkpoint, or of a run."""
-    format: typing.Literal["orbax", "hf", "hf-original"]
-    """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
     dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")] = ""
     """Directory to create; none with --dry-run."""
+    format: typing.Literal["orbax", "hf", "hf-original"] = dataclasses.field(kw_only=True)
+    """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
     dtype: typing.Literal["float32", "bfloat16"] | None = None
     """Dtype of all weights (routers stored in float32 stay so); as stored if not given."""
     json: pathlib.Path | None = None
