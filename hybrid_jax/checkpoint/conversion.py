@@ -174,15 +174,18 @@ def write_config(
         text.write_yaml(config, directory / CONFIG_YAML)
         return
     described = checkpoint.description
+    plain = "bfloat16" if dtype == plans.FP8 else dtype
     if format == "orbax" and described is not None:
         values = described.json
     else:
         stored = checkpoint.source.tensors[next(iter(checkpoint.rules))].dtype
         names = {tag: name for name, tag in plans.DTYPE_TAGS.items()}
-        stored_name = dtype or names.get(stored, "float32")
+        stored_name = plain or names.get(stored, "float32")
         values = hf_config.write(checkpoint.config, format, stored_name, described)
-    if dtype is not None:
-        values = hf_config.with_dtype(values, dtype)
+    if plain is not None:
+        values = hf_config.with_dtype(values, plain)
+    if dtype == plans.FP8:
+        values = hf_config.with_fp8(values)
     if described is not None and values is described.json:
         # Byte for byte: nothing has changed.
         shutil.copyfile(checkpoint.path / CONFIG_JSON, directory / CONFIG_JSON)

@@ -65,7 +65,8 @@ def convert(
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it.
         dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
-            routers that are stored in float32 stay so. None keeps every tensor's bytes.
+            routers that are stored in float32 stay so. `fp8`: the matrices of layers in blocks of
+            128 x 128 with scales, the rest as bfloat16. None keeps every tensor's bytes.
         progress: Called as progress(done_bytes, total_bytes, tensor_name) after each tensor.
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
@@ -145,8 +146,8 @@ def _write(
 def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:
     check_format(format)
     _check_counts(*counts)
-    if dtype is not None and dtype not in plans.DTYPE_TAGS:
-        raise ValueError(f"dtype must be one of {', '.join(plans.DTYPE_TAGS)}; got {dtype!r}.")
+    if dtype not in (None, *plans.DTYPES_TO):
+        raise ValueError(f"dtype must be one of {', '.join(plans.DTYPES_TO)}; got {dtype!r}.")
     for what, path in (("source", src), ("destination", dst)):
         if not os.fspath(path):
             raise ValueError(f"The {what} must be a directory; got an empty path.")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from hybrid_jax.checkpoint import decay_tables, leaves
+from hybrid_jax.checkpoint import decay_tables, fp8, leaves
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
@@ -12,6 +12,8 @@ from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint
 
 DTYPE_TAGS = {"float32": "F32", "bfloat16": "BF16"}
+FP8 = "fp8"
+DTYPES_TO = (*DTYPE_TAGS, FP8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +22,20 @@ class Output:
 
     info: TensorInfo
     rule: Rule | None = None
+    quantized: str | None = None
+    """`values` or `scales`: in FP8 blocks, and which half of them this is."""
 
     def make(self, array: np.ndarray, stored_rule: Rule | None) -> np.ndarray:
         """The tensor out of the stored array."""
         if self.rule is not None and stored_rule is not None:
             block = stored_rule.cut(stored_rule.to_block(array), self.rule)
             array = self.rule.from_block(block)
+        if self.quantized is not None:
+            try:
+                values, scales = fp8.quantize(array)
+            except ValueError as error:
+                raise ValueError(f"Tensor {self.info.name!r}: {error}") from error
+            return values if self.quantized == "values" else scales
         return array.astype(DTYPES[self.info.dtype], copy=False)
 
 
@@ -54,6 +64,7 @@ def make(
 ) -> Plan:
     """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored.
 
+    `fp8` makes blocks and scales of the matrices of layers, and bfloat16 of the rest.
     A vision part, which nothing here computes, is left out if `language_only`; else ValueError.
     """
     if checkpoint.vision and not language_only:
@@ -63,6 +74,8 @@ def make(
             "convert --language-only` leaves them out."
         )
     described = checkpoint.description
+    if dtype == FP8:
+        _check_fp8(checkpoint, format)
     dropped = list(checkpoint.scales.values()) if dtype else []
     dropped += checkpoint.vision
     if format == "hf-original":
@@ -70,7 +83,7 @@ def make(
     # A set: M2 drops 47,864 scales of 96,103 tensors.
     left = set(checkpoint.source.tensors) - set(dropped)
     copies = {
-        info.name: [Output(_cast(info, checkpoint, dtype))]
+        info.name: _cast(info, checkpoint, dtype)
         for info in checkpoint.source.tensors.values()
         if info.name in left
     }
@@ -126,19 +139,37 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
                 f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which "
                 "its scales do not follow. Give a dtype (--dtype bfloat16)."
             )
-        outputs[stored.name].append(
-            Output(_cast(info, checkpoint, dtype), None if same else target)
-        )
+        outputs[stored.name] += _cast(info, checkpoint, dtype, None if same else target)
     # In the order in which reading is cheapest.
     return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
 
 
-def _cast(info: TensorInfo, checkpoint: Checkpoint, dtype: str | None) -> TensorInfo:
+def _check_fp8(checkpoint: Checkpoint, format: str) -> None:
+    if checkpoint.scales:
+        raise ValueError(
+            f"{checkpoint.folder} is in FP8 already. Without --dtype its blocks are kept."
+        )
+    if format == "orbax" and checkpoint.description is None:
+        raise ValueError(
+            "Scales have names in published vocabularies only: convert to `hf` or `hf-original`."
+        )
+
+
+def _cast(
+    info: TensorInfo, checkpoint: Checkpoint, dtype: str | None, rule: Rule | None = None
+) -> list[Output]:
     is_float = info.dtype.startswith(("F", "BF"))
     if dtype is None or not is_float or info.name in checkpoint.derived:
-        return info
+        return [Output(info, rule)]
+    described = checkpoint.description
+    bare = info.name.removeprefix("" if described is None else described.prefix)
+    if dtype == FP8 and minimax.is_linear(bare):
+        weight = dataclasses.replace(info, dtype="F8_E4M3")
+        scale = TensorInfo(info.name + fp8.SCALE_SUFFIX, "F32", fp8.scale_shape(info, fp8.BLOCK))
+        return [Output(weight, rule, "values"), Output(scale, rule, "scales")]
     keeps = info.dtype == "F32" and _is_float32(info.name)
-    return info if keeps else dataclasses.replace(info, dtype=DTYPE_TAGS[dtype])
+    tag = info.dtype if keeps else DTYPE_TAGS["bfloat16" if dtype == FP8 else dtype]
+    return [Output(dataclasses.replace(info, dtype=tag), rule)]
 
 
 def _is_float32(name: str) -> bool:

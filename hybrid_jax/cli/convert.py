@@ -36,8 +36,9 @@ class Args:
     """Directory to create; none with --dry-run."""
     format: typing.Literal["orbax", "hf", "hf-original"] = dataclasses.field(kw_only=True)
     """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
-    dtype: typing.Literal["float32", "bfloat16"] | None = None
-    """Dtype of all weights (routers stored in float32 stay so); as stored if not given."""
+    dtype: typing.Literal["float32", "bfloat16", "fp8"] | None = None
+    """Dtype of all weights (routers stored in float32 stay so); fp8: of the matrices of layers, in
+    blocks with scales, the rest in bfloat16; as stored if not given."""
     json: pathlib.Path | None = None
     """Also write the summary to this file."""
     overwrite: bool = False

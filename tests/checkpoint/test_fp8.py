@@ -8,7 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hybrid_jax.checkpoint import fp8
+from hybrid_jax.checkpoint import convert, fp8
+from hybrid_jax.checkpoint.names import minimax
+from hybrid_jax.checkpoint.opened import open_checkpoint
+from tests.checkpoint import published
 
 BF16 = ml_dtypes.bfloat16
 
@@ -71,3 +74,40 @@ def test_what_is_not_finite_is_refused():
     weight[150, 7] = np.inf
     with pytest.raises(ValueError, match="finite weights only"):
         fp8.quantize(weight)
+
+
+@pytest.mark.parametrize("format", ["hf", "hf-original", "orbax"])
+def test_exported_blocks_come_back_as_they_were(tmp_path, format):
+    config = published.original_config()
+    source = published.write_directory(tmp_path / "bf16", config, published.tensors(config))
+    convert(source, tmp_path / "fp8", format, "fp8")
+    with open_checkpoint(tmp_path / "fp8") as there, open_checkpoint(source) as here:
+        assert there.block == fp8.BLOCK
+        weights = [name for name in there.rules if minimax.is_linear(name)]
+        assert weights and set(there.scales) == set(weights)
+        for name in there.rules:
+            stored, made = here.source.read(name), dict(there.read([name], dequantize=True))[name]
+            if name in there.scales:
+                values, scales = fp8.quantize(stored)
+                np.testing.assert_array_equal(made, fp8.dequantize(values, scales, fp8.BLOCK))
+            else:
+                np.testing.assert_array_equal(made, stored)
+                assert made.dtype == stored.dtype
+    # Once more through bfloat16: the same files.
+    convert(tmp_path / "fp8", tmp_path / "wide", format, "bfloat16")
+    convert(tmp_path / "wide", tmp_path / "again", format, "fp8")
+    with open_checkpoint(tmp_path / "fp8") as there, open_checkpoint(tmp_path / "again") as again:
+        assert there.source.tensors == again.source.tensors
+        for name in there.source.tensors:
+            first, second = (each.source.read(name) for each in (there, again))
+            np.testing.assert_array_equal(first.view(np.uint8), second.view(np.uint8))
+
+
+def test_what_cannot_become_blocks_is_said(tmp_path):
+    config = published.m2_config()
+    tensors = published.tensors(config)
+    source = published.write_directory(tmp_path / "m2", config, tensors)
+    convert(source, tmp_path / "fp8", "hf-original", "fp8")
+    with pytest.raises(ValueError, match=r"is in FP8 already\. Without --dtype"):
+        convert(tmp_path / "fp8", tmp_path / "again", "hf-original", "fp8")
+    assert not (tmp_path / "again").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from hybrid_jax.checkpoint import fp8
 from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.hf_config import m2, native, original
 from hybrid_jax.checkpoint.hf_config.fields import CARRIED, Fields
@@ -157,6 +158,20 @@ def with_dtype(values: dict, dtype: str) -> dict:
         values[_TEXT] = with_dtype(values[_TEXT], dtype)
     names = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
     return values | dict.fromkeys(names, dtype)
+
+
+def with_fp8(values: dict) -> dict:
+    """A config.json after the matrices of layers became FP8 blocks, as M2's says it."""
+    rows, columns = fp8.BLOCK
+    return values | {
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "float8_e4m3fn",
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+            "quant_method": "fp8",
+            "weight_block_size": [rows, columns],
+        }
+    }
 
 
 def _speaks(source: Description, native_wanted: bool) -> bool:

@@ -19,7 +19,7 @@ _DECAY_BUFFER = re.compile(
 _INV_FREQ = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _VISION = re.compile(r"(vision_tower|multi_modal_projector)\..+|image_newline")
-_LINEAR = re.compile(r".*\.(\w+_proj|w[123])\.weight")
+_LINEAR = re.compile(r".*\.(\w+_proj|output_gate|w[123])\.weight")
 
 
 def is_decay_buffer(name: str) -> bool:
