@@ -7,6 +7,7 @@ such a lock leaves the others, and whoever waits for them, waiting for ever.
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,6 @@ def _serve(pipe: connections.Connection, task: Callable) -> None:
             answer = _Answer(None, error)
         try:
             pipe.send(answer)
-        except (TypeError, AttributeError, ValueError):
+        except (pickle.PicklingError, TypeError, AttributeError, ValueError):
             # An error that cannot travel.
             pipe.send(_Answer(None, RuntimeError(repr(answer.error))))
