@@ -48,8 +48,7 @@ def load(
             tensor at a time; FP8 of a checkpoint is kept.
         placement: Devices that the parameters are split over, also of several processes, all of
             which must call; None for the first device. Each process reads what its devices hold:
-            of safetensors those bytes, from Orbax the tensors they are in, or all if it is one of
-            several.
+            of safetensors those bytes, from Orbax the tensors they are in.
         check_finite: Refuse NaN and infinite weights.
 
     Raises:

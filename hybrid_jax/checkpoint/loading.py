@@ -39,7 +39,7 @@ def load(
     devices = _devices(shape, sharding)
     arrays: list[jax.Array] = []
     has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
-    # Without ranges nothing is saved by leaving something out, and all processes read alike.
+    # Without ranges two boxes that share a tensor would read it twice.
     groups = _groups(devices) if has_ranges else [(hull(devices), list(devices))]
     for part, boxes in groups:
         on_host = part.size * dtype.itemsize <= HOST_BYTES

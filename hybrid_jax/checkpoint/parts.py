@@ -5,7 +5,6 @@ import concurrent.futures
 import typing
 from collections.abc import Callable, Iterable, Iterator
 
-import jax
 import numpy as np
 
 from hybrid_jax.checkpoint import finite, fp8
@@ -28,13 +27,12 @@ def read(
     """(place in the leaf, values of `dtype`) of everything in a part of it, each once.
 
     Read are the bytes that the part needs, where the container has ranges, and of FP8 weights the
-    scales of the blocks that it touches. Otherwise each tensor that has a share is read whole, and
-    in one of several processes all of the parameter. A few pieces are in memory at a time.
-    ValueError for a weight that is not finite.
+    scales of the blocks that it touches. Otherwise each tensor that has a share is read whole. A
+    few pieces are in memory at a time. ValueError for a weight that is not finite.
     """
     dtype = np.dtype(dtype)
     source, order = checkpoint.source, checkpoint.order
-    shares = [(rule, rule.share(part)) for rule in checkpoint.rules_of(leaf)]
+    shares = ((rule, rule.share(part)) for rule in checkpoint.rules_of(leaf))
     wanted = [(rule, share) for rule, share in shares if share is not None]
     wanted.sort(key=lambda item: order[item[0].name])
 
@@ -55,16 +53,13 @@ def read(
         yield from _in_threads(ranged, _cut(wanted, source))
         return
     by_name = {rule.name: (rule, share) for rule, share in wanted}
-    # Orbax has processes wait for one another at each of its operations: all must do the same.
-    names = [rule.name for rule, _ in shares] if jax.process_count() > 1 else list(by_name)
     # Scales first: they may lie in the groups of the weights, which are then opened once more.
-    tables = [checkpoint.scales[name] for name in names if name in checkpoint.scales]
+    tables = [checkpoint.scales[name] for name in by_name if name in checkpoint.scales]
     scales = dict(source.read_many(tables))
-    for name, array in source.read_many(names):
-        if name in by_name:
-            rule, share = by_name[name]
-            stored = array.reshape(rule.split_shape)[share.slices]
-            yield finish(rule, share, stored, lambda name, _, part: scales[name][part.slices])
+    for name, array in source.read_many(by_name):
+        rule, share = by_name[name]
+        stored = array.reshape(rule.split_shape)[share.slices]
+        yield finish(rule, share, stored, lambda name, _, part: scales[name][part.slices])
 
 
 def whole(

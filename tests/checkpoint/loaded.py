@@ -8,6 +8,7 @@ import numpy as np
 import hybrid_jax
 from hybrid_jax.checkpoint import leaves, opened
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
+from hybrid_jax.checkpoint.formats.orbax import OrbaxDirectory
 from hybrid_jax.model.parallel import placement as placements
 from sharding import processes
 
@@ -25,12 +26,15 @@ def main(directory: str, orbax: str) -> int:
     assert processes.start()
     sources = []
 
-    class Counted(HfDirectory):
-        def __init__(self, folder):
-            super().__init__(folder)
-            sources.append(self)
+    def counted(kind):
+        def opened_one(folder):
+            sources.append(kind(folder))
+            return sources[-1]
 
-    opened.HfDirectory = Counted
+        return opened_one
+
+    opened.HfDirectory = counted(HfDirectory)
+    opened.orbax.OrbaxDirectory = counted(OrbaxDirectory)
     # Of this process alone.
     whole = leaves.arrays(hybrid_jax.load(directory, dtype="bfloat16"))
     total = sources[-1].bytes_read
@@ -49,7 +53,10 @@ def main(directory: str, orbax: str) -> int:
         placement = placements.make(mesh, rules, devices)
         check(directory, placement)
         print(mesh, sources[-1].bytes_read, total)
+    # Experts are tensors of their own in Orbax: half of them, and attention whole.
+    placement = placements.make("expert=8", "expert")
     check(orbax, placement)
+    print("orbax", sources[-1].bytes_read, total)
     try:
         # What one process cannot read, no other goes on without.
         mine = directory if processes.is_first() else f"{directory}/none"

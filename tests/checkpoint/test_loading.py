@@ -14,9 +14,8 @@ import hybrid_jax
 from hybrid_jax.checkpoint import convert, leaves, loading, parts
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.model.parallel import placement as placements
-from tests.checkpoint import loaded, published
+from tests.checkpoint import large, loaded, published
 from tests.checkpoint.published import FP8_CONFIG, m2_config, original_config
-from tests.checkpoint.test_memory import _write
 from tests.sharding import together
 
 
@@ -96,7 +95,9 @@ def test_two_processes_read_half_of_the_bytes_each(wide, tmp_path):
     said = [together.lines(tmp_path / "logs", process) for process in (0, 1)]
     assert codes == [0, 0], said
     for lines in said:
-        for (mesh, _, _, part), line in zip(loaded.CASES, lines, strict=False):
+        parts_read = [(mesh, part) for mesh, _, _, part in loaded.CASES] + [("orbax", 0.5)]
+        assert len(lines) == len(parts_read) + 1
+        for (mesh, part), line in zip(parts_read, lines, strict=False):
             name, read, total = line.split()
             # Norms and routers, which both hold, are less than a hundredth.
             assert name == mesh and part <= int(read) / int(total) <= part + 0.01, line
@@ -141,10 +142,11 @@ print(json.dumps({"more": (peak - before) / 1024 - held * mib, "held": held * mi
 )
 def test_host_memory_is_a_few_pieces_and_never_a_stack(tmp_path, layers, experts, piece, most):
     tiny = _original(tmp_path / "tiny")
-    large = _write(tmp_path / "large", layers, experts)
+    directory = tmp_path / "large"
+    large.write(directory, layers, experts)
     # A user's process: the tests' eight devices have threads and memory pools of their own.
     plain = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", MEASURE, str(tiny), str(large), str(piece)]
+    command = [sys.executable, "-c", MEASURE, str(tiny), str(directory), str(piece)]
     result = subprocess.run(command, capture_output=True, text=True, env=plain)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

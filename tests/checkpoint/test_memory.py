@@ -8,16 +8,10 @@ import os
 import subprocess
 import sys
 
-import ml_dtypes
-import numpy as np
 import pytest
 
-from hybrid_jax.checkpoint import hf_config
-from hybrid_jax.checkpoint.formats.protocol import TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsLayout
-from hybrid_jax.checkpoint.names import minimax
 from scripts import bench_conversion
-from tests.checkpoint import published
+from tests.checkpoint import large, published
 
 # What a process of ours holds before it converts anything, 240 MB of it libraries; and a group of
 # Orbax's, 32 MiB, up to three times while it is written or read. The aim is 1 GB.
@@ -52,7 +46,7 @@ def test_there_and_back_every_bit_is_the_same_in_the_memory_of_a_few_tensors(
     assert 0.9 * size < made.nbytes < 1.1 * size
     assert len(made.infos) == 3 + 103 * layers
     there = _convert(source, tmp_path / "orbax", "orbax")
-    # The files of the source, to the byte.
+    # In files as small as those of the source.
     shards = ("--shard-gb", f"{made.shard_bytes / 1e9:.9f}")
     back = _convert(tmp_path / "orbax", tmp_path / "back", "hf-original", *shards)
     print({"there": there, "back": back, "largest": made.largest})
@@ -81,10 +75,10 @@ print(json.dumps({"peak": (peak_rss_bytes() - before) * mib,
 def test_loading_quantised_never_holds_the_weights_unquantised(tmp_path, scheme):
     config = published.original_config()
     tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))
-    large = tmp_path / "large"
-    nbytes = _write(large, 2, 8)
+    directory = tmp_path / "large"
+    nbytes = large.write(directory, 2, 8)
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", LOAD, str(tiny), str(large), scheme]
+    command = [sys.executable, "-c", LOAD, str(tiny), str(directory), scheme]
     result = subprocess.run(command, capture_output=True, text=True, env=plain)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
@@ -92,29 +86,3 @@ def test_loading_quantised_never_holds_the_weights_unquantised(tmp_path, scheme)
     # The experts' largest parameter is a third of all, once more in host memory; a tensor of 4 MiB
     # (8 of the embedding's) in float32 a few times. In bfloat16 the weights alone would be twice.
     assert report["peak"] < 1.34 * report["weights"] + 48, report
-
-
-def _write(path, layers: int, experts: int) -> int:
-    """A directory of experts of 4 MiB, which are most of its bytes; how many these are."""
-    values = published.original_config(
-        "l" * (layers - 1) + "s",
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_local_experts=experts,
-        head_dim=128,
-        num_attention_heads=8,
-        vocab_size=2048,
-    )
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(values))
-    rules = minimax.rules(hf_config.describe(values, "config.json").model)
-    infos = [TensorInfo(rule.name, "BF16", rule.shape) for rule in rules]
-    layout, draw = SafetensorsLayout(infos), np.random.default_rng(0)
-    for unit in layout.units:
-        arrays = (
-            draw.standard_normal(info.shape, np.float32).astype(ml_dtypes.bfloat16)
-            for info in unit.infos
-        )
-        layout.write(path, unit.number, arrays)
-    layout.finish(path, {})
-    return sum(info.nbytes for info in infos)

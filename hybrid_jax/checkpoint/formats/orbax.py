@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from hybrid_jax.checkpoint import atomic, digests, manifest
@@ -107,6 +108,15 @@ def save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
         raise OSError(f"{path} could not be written: {reason}") from error
 
 
+def reading():
+    """A context of Orbax in which this process reads some arrays and waits for no other."""
+    context = _orbax().Context()
+    context.pytree.loading.partial_load = True
+    me = jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    return context
+
+
 class OrbaxDirectory:
     """What `OrbaxLayout` wrote: `tensors` in stored order, and the `vocabulary` of their names."""
 
@@ -158,10 +168,8 @@ class OrbaxDirectory:
             )
             for name in names
         }
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
         try:
-            with context, _quiet():
+            with reading(), _quiet():
                 return dict(ocp.load(path, target))
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.

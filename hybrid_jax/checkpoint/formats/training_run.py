@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 
 from hybrid_jax.checkpoint import digests, manifest
-from hybrid_jax.checkpoint.formats import protocol
+from hybrid_jax.checkpoint.formats import orbax, protocol
 
 CHECKPOINTS, ITEM = "checkpoints", "params"
 
@@ -40,10 +40,8 @@ class TrainingRun:
         """One parameter, all layers of its stack."""
         info = self.tensors[name]
         target = {ITEM: {name: np.empty(info.shape, protocol.DTYPES[info.dtype])}}
-        context = self._orbax.Context()
-        context.pytree.loading.partial_load = True
         try:
-            with context:
+            with orbax.reading():
                 array = np.asarray(self._orbax.load_checkpointables(self.path, target)[ITEM][name])
         except Exception as error:
             # Whatever Orbax and TensorStore raise for damaged files, it comes without a name.
