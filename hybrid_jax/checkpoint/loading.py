@@ -2,7 +2,7 @@
 
 import functools
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -31,28 +31,45 @@ def load(
 ) -> jax.Array:
     """One parameter, of which this process reads what its own devices hold, and that once.
 
-    Without a sharding it is on the default device, whence JAX moves it to where it is used. Host
-    memory is that of a few pieces, whatever the size of the parameter; a device needs room for its
-    part of the parameter and one piece. Raises ValueError as `parts.read` does.
+    As `deal` has it for memory. Raises ValueError as `parts.read` does.
     """
     dtype = np.dtype(dtype)
+    read = lambda part: parts.read(checkpoint, leaf, part, dtype, check_finite=check_finite)
+    # Without ranges two boxes that share a tensor would read it twice.
+    has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
+    return deal(read, shape, dtype, sharding, at_once=not has_ranges)
+
+
+def deal(
+    read: Callable[[Box], Iterable[tuple[Box, np.ndarray]]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+    *,
+    at_once: bool,
+) -> jax.Array:
+    """An array on devices, of pieces of it: `read(part)` gives all of a part with their places.
+
+    `at_once`: one part that holds all that the devices of this process do; else as many as that
+    needs and no value too many. Without a sharding it is on the default device, whence JAX moves it
+    to where it is used. Host memory is that of a few pieces, whatever the size of the array; a
+    device needs room for its part of it and one piece.
+    """
     devices = _devices(shape, sharding)
     arrays: list[jax.Array] = []
-    has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
-    # Without ranges two boxes that share a tensor would read it twice.
-    groups = _groups(devices) if has_ranges else [(hull(devices), list(devices))]
+    groups = [(hull(devices), list(devices))] if at_once else _groups(devices)
     for part, boxes in groups:
         on_host = part.size * dtype.itemsize <= HOST_BYTES
         kind = _OnHost if on_host else _OnDevices
         shards = [kind(box, dtype, devices[box]) for box in boxes]
         filled = 0
-        for place, values in parts.read(checkpoint, leaf, part, dtype, check_finite=check_finite):
+        for place, values in read(part):
             filled += values.size
             for shard in shards:
                 common = shard.box.meet(place)
                 if common is not None:
                     shard.put(common, values[common.within(place).slices])
-        assert filled == part.size, f"rules fill {filled} of {part.size} values of {leaf}"
+        assert filled == part.size, f"{filled} of {part.size} values of an array {shape}"
         arrays += [array for shard in shards for array in shard.finish()]
     if sharding is None:
         return arrays[0]

@@ -1,5 +1,7 @@
 """Weights quantised as they are read, one stored tensor at a time: no other ever exists whole."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hybrid_jax import model as models
+from hybrid_jax.checkpoint import loading
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint
 from hybrid_jax.model import quantized
@@ -21,7 +25,9 @@ _KEPT = "F8_E4M3"
 class QuantizingReader:
     """Reads parameters for `leaves.fill`: arrays, or values and scales of what is quantised.
 
-    With a placement each device gets the part that it stores, straight from host memory.
+    With a placement each device gets the part that it stores, piece by piece, and a process
+    reads and quantises the tensors that its devices have a share of. Host memory is that of
+    a tensor, and of the scales of a parameter.
 
     FP8 weights with scales stay as they are stored where the scheme is fp8 too: where a block of
     theirs would cross a head, its scale is repeated. All others are widened, and quantised anew.
@@ -47,52 +53,52 @@ class QuantizingReader:
 
     def __call__(self, leaf: str, shape: tuple[int, ...], dtype: np.dtype):
         """One parameter of our tree, on its devices. Raises what reading and placing it do."""
-        value = self._read(leaf, shape, dtype)
-        if self._placement is None:
-            return jax.tree.map(jnp.asarray, value)
-        axes = (Logical.LAYERS,) * (len(shape) - len(self._axes[leaf])) + self._axes[leaf]
-        at_rest = self._placement.parameter(leaf, axes, shape)
-        value = quantized.divisible(value, at_rest)
-        specs = quantized.split(value, at_rest.spec)
-
-        def dealt(array, spec):
-            sharding = NamedSharding(at_rest.mesh, spec)
-            return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
-
-        return jax.tree.map(dealt, value, specs)
-
-    def _read(self, leaf: str, shape: tuple[int, ...], dtype: np.dtype):
         axes = self._axes[leaf]
         lead = len(shape) - len(axes)
+        at_rest = None
+        if self._placement is not None:
+            at_rest = self._placement.parameter(leaf, (Logical.LAYERS,) * lead + axes, shape)
         own = quantized.tile(self._scheme, axes, shape[lead:], self._block)
         if own is None:
-            return self._checkpoint.read_leaf(leaf, shape, dtype, self._check_finite)
-        values = np.empty(shape, quantized.HELD[self._scheme])
-        scales = np.empty(quantized.scale_shape(shape, own), np.float32)
-        sides = [own[side[-1]] for side in matrix_dims(axes) or ()]
-        for rule, block in self._blocks(leaf, (1,) * lead + own, sides):
-            values[rule.slices()], scales[rule.slices()] = block
-        return qwix.QArray(values, scales, qtype=quantized.DTYPES[self._scheme])
+            return loading.load(
+                self._checkpoint, leaf, shape, dtype, at_rest, check_finite=self._check_finite
+            )
+        tiles, sides = (1,) * lead + own, [own[side[-1]] for side in matrix_dims(axes) or ()]
+        # Of all of it, for they are few; filled where this process needs them.
+        scales = np.zeros(quantized.scale_shape(shape, own), np.float32)
 
-    def _blocks(self, leaf: str, tiles: quantized.Tile, sides: list[int]):
-        """(rule, (values, scales) of its block of the leaf) of each tensor with a part in it."""
+        def read(part: Box):
+            for rule, block, scale in self._blocks(leaf, part, tiles, sides):
+                scales[rule.slices()] = scale
+                place, whole = rule.place(rule.share(part)), rule.place(Box.whole(rule.split_shape))
+                yield place, block.reshape(whole.shape)[place.within(whole).slices]
+
+        held, qtype = quantized.HELD[self._scheme], quantized.DTYPES[self._scheme]
+        values = loading.deal(read, shape, held, at_rest, at_once=True)
+        found = qwix.QArray(values, scales, qtype=qtype)
+        if at_rest is None:
+            return dataclasses.replace(found, scale=jnp.asarray(scales))
+        found = quantized.divisible(found, at_rest)
+        where = NamedSharding(at_rest.mesh, quantized.split(found, at_rest.spec).scale)
+        scale = jax.make_array_from_callback(found.scale.shape, where, lambda at: found.scale[at])
+        return dataclasses.replace(found, scale=scale)
+
+    def _blocks(self, leaf: str, part: Box, tiles: quantized.Tile, sides: list[int]):
+        """(rule, values, scales) of the block of each tensor that has a share in a part."""
         checkpoint = self._checkpoint
-        rules = {rule.name: rule for rule in checkpoint.rules.values() if rule.leaf == leaf}
+        rules = {rule.name: rule for rule in checkpoint.rules_of(leaf) if rule.share(part)}
         kept = [name for name in rules if self._is_kept(name)]
         scales = dict(checkpoint.read((checkpoint.scales[name] for name in kept), dequantize=False))
-        for name, stored in checkpoint.read(
-            kept, dequantize=False, check_finite=self._check_finite
-        ):
+        check = self._check_finite
+        for name, stored in checkpoint.read(kept, dequantize=False, check_finite=check):
             rule, scale = rules[name], scales.pop(checkpoint.scales[name])
             scale = _scale_block(rule, _of_block(rule, tiles), scale, checkpoint, sides)
-            yield rule, (rule.to_block(stored.view(np.uint8)), scale)
+            yield rule, rule.to_block(stored.view(np.uint8)), scale
         others = [name for name in rules if name not in set(kept)]
-        for name, stored in checkpoint.read(
-            others, dequantize=True, check_finite=self._check_finite
-        ):
+        for name, stored in checkpoint.read(others, dequantize=True, check_finite=check):
             rule = rules[name]
             own = _of_block(rule, tiles)
-            yield rule, quantized.quantize_on_host(rule.to_block(stored), self._scheme, own)
+            yield rule, *quantized.quantize_on_host(rule.to_block(stored), self._scheme, own)
 
     def _is_kept(self, name: str) -> bool:
         if self._scheme != "fp8" or name not in self._checkpoint.scales:

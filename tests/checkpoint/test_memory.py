@@ -76,13 +76,13 @@ def test_loading_quantised_never_holds_the_weights_unquantised(tmp_path, scheme)
     config = published.original_config()
     tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))
     directory = tmp_path / "large"
-    nbytes = large.write(directory, 2, 8)
+    nbytes = large.write(directory, 3, 16)
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", LOAD, str(tiny), str(directory), scheme]
     result = subprocess.run(command, capture_output=True, text=True, env=plain)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["weights"] < 0.55 * nbytes * 2.0**-20
-    # The experts' largest parameter is a third of all, once more in host memory; a tensor of 4 MiB
-    # (8 of the embedding's) in float32 a few times. In bfloat16 the weights alone would be twice.
-    assert report["peak"] < 1.34 * report["weights"] + 48, report
+    # 110 to 195 MiB more than the weights, of any size: a tensor of 4 MiB in float32 a few times, up
+    # to 64 MiB of a parameter on the host, XLA's programs, and what glibc keeps of freed memory.
+    assert report["peak"] < report["weights"] + 256 < nbytes * 2.0**-20, report
