@@ -14,7 +14,7 @@ from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
 
-FORMATS = ("orbax", "hf", "hf-original")
+FORMATS = ("orbax", "hf", "hf-original", "hf-vl-01")
 
 
 class Summary(typing.NamedTuple):
@@ -63,7 +63,7 @@ def convert(
             newest good checkpoint is taken; what LoRA learnt is merged in.
         dst: Appears whole at the end, with the manifest of what was written, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
-            MiniMax released it.
+            MiniMax released it; `hf-vl-01`, as MiniMax released the language part of VL-01.
         dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
             routers that are stored in float32 stay so. `fp8`: the matrices of layers in blocks of
             128 x 128 with scales, the rest as bfloat16. None keeps every tensor's bytes.
