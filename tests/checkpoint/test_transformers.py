@@ -1,17 +1,14 @@
 """Directories made by transformers are read, and transformers reads ours and computes the same."""
 
-import dataclasses
-import io
 import json
 
 import numpy as np
 import pytest
 
 import hybrid_jax
-from hybrid_jax import cli, training
+from hybrid_jax import cli
 from hybrid_jax.checkpoint import convert
 from tests.checkpoint import published
-from tests.training import small
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -142,23 +139,6 @@ def test_transformers_computes_what_we_export_in_fp8(tmp_path, format, monkeypat
     expected = _logits(_loaded(tmp_path / "ours", quantization_config=widened), TOKENS)
     model = hybrid_jax.load(tmp_path / "ours")
     np.testing.assert_allclose(model(TOKENS), expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_transformers_computes_what_was_trained_here(tmp_path):
-    (tmp_path / "text").mkdir()
-    config = small.small_run(small.write_text(tmp_path / "text"), steps=2)
-    # Nothing to evaluate on, and so no program for it.
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, heldout_fraction=0.0)
-    )
-    small.train(config, tmp_path / "run", stream=io.StringIO())
-    convert(tmp_path / "run", tmp_path / "hf", "hf")
-    # The run's own way to its weights, which knows nothing of published names.
-    model = training.restore_model(tmp_path / "run")
-    tokens = np.random.default_rng(0).integers(0, small.VOCAB, (2, 12))
-    expected = _logits(_loaded(tmp_path / "hf"), tokens)
-    assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(model(tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_decay_tables_are_those_that_transformers_saves(tmp_path):
