@@ -104,11 +104,12 @@ def save(
     replicated or brought together.
 
     Args:
-        model: Any model, however it lies on devices; `hf` and `hf-original` take those that the
+        model: Any model, however it lies on devices; formats but `orbax` take those that the
             published family can express.
         path: The directory; an existing one that is not empty is a ValueError unless `overwrite`.
         format: `hf-original` (released names and config.json), `hf` (as transformers writes it,
-            with decay tables), or `orbax` (names of our own and config.yaml; takes every model).
+            with decay tables), `hf-vl-01` (the language part of VL-01: released names behind
+            `language_model.`), or `orbax` (names of our own and config.yaml; takes every model).
         sidecars: A directory whose tokenizer, generation config and chat template travel along.
         overwrite: Replace what is there, once the new directory is complete.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
@@ -144,7 +145,7 @@ def _contents(model: models.Model, format: str, shard_bytes: int) -> tuple[dict,
         rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})
     else:
         values = hf_config.write(config, format, config.dtypes.parameters)
-        rules = minimax.rules(config)
+        rules = minimax.rules(config, prefix=hf_config.prefix(format))
         tables = decay_tables.infos(config, BLOCK_SIZE) if format == "hf" else {}
     infos = [
         TensorInfo(rule.name, TAGS[np.dtype(arrays[rule.leaf].dtype)], rule.shape) for rule in rules

@@ -14,7 +14,7 @@ from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
 
-FORMATS = ("orbax", "hf", "hf-original")
+FORMATS = ("orbax", "hf", "hf-original", "hf-vl-01")
 
 
 class Summary(typing.NamedTuple):
@@ -54,8 +54,7 @@ def convert(
 ) -> Summary:
     """Convert the checkpoint in `src` to a new directory `dst` in `format`.
 
-    One that was killed or ran out of disk goes on when it is started again: what is finished lies
-    in `.DST.draft` beside `dst`. A source that is bad leaves nothing.
+    Killed or out of disk, the same call goes on from `.DST.draft`; a bad source leaves nothing.
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
@@ -63,18 +62,16 @@ def convert(
             newest good checkpoint is taken; what LoRA learnt is merged in.
         dst: Appears whole at the end, with the manifest of what was written, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
-            MiniMax released it.
-        dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
-            routers that are stored in float32 stay so. `fp8`: the matrices of layers in blocks of
-            128 x 128 with scales, the rest as bfloat16. None keeps every tensor's bytes.
+            MiniMax released it; `hf-vl-01`, as MiniMax released the language part of VL-01.
+        dtype: `float32` or `bfloat16`, of all but routers stored in float32; `fp8`: matrices of
+            layers in blocks of 128 x 128 with scales, the rest bfloat16; None keeps all bytes.
         progress: Called as progress(done_bytes, total_bytes, tensor_name) after each tensor.
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
         group_bytes: Most that is held of the tensors of an Orbax group, unless one is larger.
         workers: Local processes that share the work; each needs memory for a few tensors.
-        process: Which of several processes this is, from 0, that see the same files.
-        of: How many these are. Each writes its share; process 0 waits for all and finishes.
+        process: Which of `of` processes this is that see the same files; 0 waits and finishes.
         note: Called with sentences about work that is there already, or waited for.
         language_only: Leave out the vision part of VL-01; without it such a source is refused.
 
@@ -95,9 +92,8 @@ def convert(
             written, peak = _write(work, draft, (process, of), workers, progress, note)
             if draft is not None and process == 0:
                 draft.finish(work.layout, note, overwrite=overwrite)
-    infos, seconds = work.plan.infos, time.perf_counter() - start
-    is_complete, total = draft is None or process == 0, sum(info.nbytes for info in infos)
-    return Summary(len(infos), total, written, is_complete, seconds, peak)
+    sizes, seconds = [info.nbytes for info in work.plan.infos], time.perf_counter() - start
+    return Summary(len(sizes), sum(sizes), written, draft is None or process == 0, seconds, peak)
 
 
 def check_format(format: str) -> None:

@@ -78,10 +78,7 @@ def published(description: Description, stored: Stored, where: str) -> Match:
     config, prefix = description.model, description.prefix
     block = fp8.block_size(description.json, where)
     bare = {name.removeprefix(prefix) for name in stored}
-    rules = {}
-    for rule in minimax.rules(config, bare):
-        name = prefix + rule.name
-        rules[name] = dataclasses.replace(rule, name=name) if prefix else rule
+    rules = {rule.name: rule for rule in minimax.rules(config, bare, prefix)}
     scales = {
         name: name + fp8.SCALE_SUFFIX
         for name, rule in rules.items()

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from hybrid_jax.checkpoint import decay_tables, fp8, leaves
+from hybrid_jax.checkpoint import decay_tables, fp8, hf_config, leaves
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
 from hybrid_jax.checkpoint.names import minimax, tree
@@ -62,7 +62,7 @@ class Plan:
 def make(
     checkpoint: Checkpoint, format: str, dtype: str | None, *, language_only: bool = False
 ) -> Plan:
-    """Plan a conversion to `orbax`, `hf` or `hf-original`; `dtype` None keeps what is stored.
+    """Plan a conversion to a format of `convert`; `dtype` None keeps what is stored.
 
     `fp8` makes blocks and scales of the matrices of layers, and bfloat16 of the rest.
     A vision part, which nothing here computes, is left out if `language_only`; else ValueError.
@@ -78,30 +78,42 @@ def make(
         _check_fp8(checkpoint, format)
     dropped = list(checkpoint.scales.values()) if dtype else []
     dropped += checkpoint.vision
-    if format == "hf-original":
-        dropped += [name for name in checkpoint.derived if minimax.is_decay_buffer(name)]
+    names, derived = _names(checkpoint, format), set(checkpoint.derived)
+    if format not in ("orbax", "hf"):
+        prefix = hf_config.prefix(format)
+        bare = {name: names[name].removeprefix(prefix) for name in checkpoint.derived}
+        dropped += [name for name in bare if minimax.is_decay_buffer(bare[name])]
     # A set: M2 drops 47,864 scales of 96,103 tensors.
     left = set(checkpoint.source.tensors) - set(dropped)
-    copies = {
-        info.name: _cast(info, checkpoint, dtype)
-        for info in checkpoint.source.tensors.values()
-        if info.name in left
-    }
-    targets = _targets(checkpoint, format)
+    copies = {}
+    for stored in checkpoint.source.tensors.values():
+        if stored.name in left:
+            info = dataclasses.replace(stored, name=names[stored.name])
+            copied = [Output(info)] if stored.name in derived else _cast(info, dtype)
+            copies[stored.name] = copied
+    targets = _targets(checkpoint, format, names)
     outputs = copies
-    if any(name not in targets for name in checkpoint.rules):
-        outputs = _recut(checkpoint, copies, targets, dtype)
+    if any(names[name] not in targets for name in checkpoint.rules):
+        outputs = _recut(checkpoint, copies, targets, names, dtype)
     if format == "orbax":
         return Plan(outputs, {}, dropped, "tree" if described is None else "published")
     tables = {}
     if format == "hf":
         block_size = described.block_size if described is not None else BLOCK_SIZE
         tables = decay_tables.infos(checkpoint.config, block_size)
-        tables = {name: table for name, table in tables.items() if name not in checkpoint.derived}
+        there = {names[name] for name in derived}
+        tables = {name: table for name, table in tables.items() if name not in there}
     return Plan(outputs, tables, dropped, "published")
 
 
-def _targets(checkpoint: Checkpoint, format: str) -> dict[str, Rule]:
+def _names(checkpoint: Checkpoint, format: str) -> dict[str, str]:
+    """Stored name -> the same with the prefix of the format."""
+    before = "" if checkpoint.description is None else checkpoint.description.prefix
+    after = before if format == "orbax" else hf_config.prefix(format)
+    return {name: after + name.removeprefix(before) for name in checkpoint.source.tensors}
+
+
+def _targets(checkpoint: Checkpoint, format: str, names: dict[str, str]) -> dict[str, Rule]:
     config = checkpoint.config
     if format == "orbax":
         # Published names stay as they are; a training run's stacks are cut into layers.
@@ -109,11 +121,12 @@ def _targets(checkpoint: Checkpoint, format: str) -> dict[str, Rule]:
             return checkpoint.rules
         return {rule.name: rule for rule in tree.rules(config, leaves.shapes(config))}
     # `hf` keeps the spelling that is stored: transformers reads each of them.
-    stored = checkpoint.source.tensors if format == "hf" else ()
-    return {rule.name: rule for rule in minimax.rules(config, stored)}
+    stored = set(names.values()) if format == "hf" else ()
+    rules = minimax.rules(config, stored, hf_config.prefix(format))
+    return {rule.name: rule for rule in rules}
 
 
-def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
+def _recut(checkpoint, copies, targets, names, dtype) -> dict[str, list[Output]]:
     """Weights whose name differs between vocabularies, each cut from the tensor that covers it."""
     by_place: dict = {}
     for rule in checkpoint.rules.values():
@@ -133,13 +146,13 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
             )
         stored = checkpoint.source.tensors[covering[0].name]
         info = TensorInfo(target.name, stored.dtype, target.shape)
-        same = covering[0].name == target.name
+        same = names[stored.name] == target.name
         if not same and stored.name in checkpoint.scales and dtype is None:
             raise ValueError(
                 f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which "
                 "its scales do not follow. Give a dtype (--dtype bfloat16)."
             )
-        outputs[stored.name] += _cast(info, checkpoint, dtype, None if same else target)
+        outputs[stored.name] += _cast(info, dtype, None if same else target)
     # In the order in which reading is cheapest.
     return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
 
@@ -155,15 +168,11 @@ def _check_fp8(checkpoint: Checkpoint, format: str) -> None:
         )
 
 
-def _cast(
-    info: TensorInfo, checkpoint: Checkpoint, dtype: str | None, rule: Rule | None = None
-) -> list[Output]:
+def _cast(info: TensorInfo, dtype: str | None, rule: Rule | None = None) -> list[Output]:
     is_float = info.dtype.startswith(("F", "BF"))
-    if dtype is None or not is_float or info.name in checkpoint.derived:
+    if dtype is None or not is_float:
         return [Output(info, rule)]
-    described = checkpoint.description
-    bare = info.name.removeprefix("" if described is None else described.prefix)
-    if dtype == FP8 and minimax.is_linear(bare):
+    if dtype == FP8 and minimax.is_linear(info.name):
         weight = dataclasses.replace(info, dtype="F8_E4M3")
         scale = TensorInfo(info.name + fp8.SCALE_SUFFIX, "F32", fp8.scale_shape(info, fp8.BLOCK))
         return [Output(weight, rule, "values"), Output(scale, rule, "scales")]

@@ -34,8 +34,11 @@ class Args:
     """Directory of the checkpoint, or of a run."""
     dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")] = ""
     """Directory to create; none with --dry-run."""
-    format: typing.Literal["orbax", "hf", "hf-original"] = dataclasses.field(kw_only=True)
-    """hf: as transformers writes it; hf-original: as MiniMax released it; orbax: for JAX."""
+    format: typing.Literal["orbax", "hf", "hf-original", "hf-vl-01"] = dataclasses.field(
+        kw_only=True
+    )
+    """hf: as transformers writes it; hf-original: as MiniMax released it; hf-vl-01: the language
+    part of VL-01, names behind `language_model.`; orbax: for JAX."""
     dtype: typing.Literal["float32", "bfloat16", "fp8"] | None = None
     """Dtype of all weights (routers stored in float32 stay so); fp8: of the matrices of layers, in
     blocks with scales, the rest in bfloat16; as stored if not given."""

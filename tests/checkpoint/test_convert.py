@@ -12,7 +12,6 @@ import pytest
 
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import convert
-from hybrid_jax.checkpoint.convert import FORMATS
 from tests.checkpoint import published
 from tests.checkpoint.published import FP8_CONFIG, m2_config, native_config, original_config
 
@@ -221,7 +220,7 @@ def test_a_damaged_tensor_is_named_and_nothing_is_left_behind(tmp_path, make, da
     config, tensors = make()
     damage(tensors)
     source = published.write_directory(tmp_path / "src", config, tensors)
-    for format in FORMATS:
+    for format in ("orbax", "hf", "hf-original"):
         with pytest.raises(ValueError, match=message) as caught:
             convert(source, tmp_path / "dst", format)
         assert str(source) in str(caught.value)

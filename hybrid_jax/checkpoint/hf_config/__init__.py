@@ -1,7 +1,8 @@
-"""config.json in its dialects: Text-01 and M1 as released, transformers' `minimax`, and M2."""
+"""config.json in its dialects: Text-01, M1 and VL-01 as released, transformers' `minimax`, M2."""
 
 from hybrid_jax.checkpoint.hf_config.dialects import Description as Description
 from hybrid_jax.checkpoint.hf_config.dialects import describe as describe
+from hybrid_jax.checkpoint.hf_config.dialects import prefix as prefix
 from hybrid_jax.checkpoint.hf_config.dialects import read_from as read_from
 from hybrid_jax.checkpoint.hf_config.dialects import read_json as read_json
 from hybrid_jax.checkpoint.hf_config.dialects import with_dtype as with_dtype

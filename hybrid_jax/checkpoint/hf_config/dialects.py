@@ -20,8 +20,9 @@ _READERS = {
     "minimax": native.read,
     "minimax_m2": m2.read,
 }
-# MiniMax-VL-01: a config.json around that of its language model.
-VISION_LANGUAGE, _TEXT = "minimax_vl_01", "text_config"
+# MiniMax-VL-01: a config.json around that of its language model, and a prefix to its names.
+VISION_LANGUAGE, _TEXT, _PREFIX = "minimax_vl_01", "text_config", "language_model."
+_VL_01 = "hf-vl-01"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _describe_vision_language(values: dict, where: str) -> Description:
         )
     # The release may leave it to its config class which dialect that is.
     found = describe({"model_type": original.MODEL_TYPES[0]} | inner, f"{where}: {_TEXT}")
-    return Description(found.model, values, VISION_LANGUAGE, "language_model.")
+    return Description(found.model, values, VISION_LANGUAGE, _PREFIX)
 
 
 def _model_type(values: dict, where: str) -> str:
@@ -122,21 +123,29 @@ def _model_type(values: dict, where: str) -> str:
     return model_type
 
 
+def prefix(format: str) -> str:
+    """What stands before every name that is published in this format."""
+    return _PREFIX if format == _VL_01 else ""
+
+
 def write(
     config: model.ModelConfig, format: str, dtype: str, source: Description | None = None
 ) -> dict:
-    """config.json for a model as `hf` (transformers) or `hf-original` (as released).
+    """config.json for a model: `hf` (transformers), `hf-original` or `hf-vl-01` (as released).
 
     `source`, if given, is the config.json that the model came with: taken over as it is if it is
-    in that dialect already, and else its token ids and training settings.
+    in that dialect already, and else its token ids and training settings. Of VL-01's vision part
+    only a source can tell. ValueError if the dialect has no field for something in the model.
     """
     native_wanted = format == "hf"
-    if source is not None and _speaks(source, native_wanted):
+    if source is not None and _speaks(source, format):
         return source.json
     sigmoid = any(
         isinstance(getattr(la.ffn, "router", None), layers.SigmoidTopK) for la in config.layers
     )
-    if sigmoid:
+    if format == _VL_01:
+        values = original.write(config, _original_type(config))
+    elif sigmoid:
         values = m2.write(config, native=native_wanted)
     elif native_wanted:
         values = native.write(config)
@@ -146,9 +155,19 @@ def write(
     if source is not None:
         spoken = source.language
         carried |= {name: spoken[name] for name in CARRIED if name in spoken}
-    return dict(
-        sorted((carried | values | {"dtype" if native_wanted else "torch_dtype": dtype}).items())
-    )
+    spelling = "dtype" if native_wanted else "torch_dtype"
+    values = dict(sorted((carried | values | {spelling: dtype}).items()))
+    return _around(values, dtype) if format == _VL_01 else values
+
+
+def _around(language: dict, dtype: str) -> dict:
+    """VL-01's config.json around that of a language model."""
+    return {
+        "architectures": ["MiniMaxVL01ForConditionalGeneration"],
+        "model_type": VISION_LANGUAGE,
+        _TEXT: language,
+        "torch_dtype": dtype,
+    }
 
 
 def with_dtype(values: dict, dtype: str) -> dict:
@@ -174,13 +193,13 @@ def with_fp8(values: dict) -> dict:
     }
 
 
-def _speaks(source: Description, native_wanted: bool) -> bool:
-    if source.prefix:
-        return False
+def _speaks(source: Description, format: str) -> bool:
+    if source.prefix or format == _VL_01:
+        return source.prefix == prefix(format)
     if source.model_type == "minimax_m2":
         # Both readers know both spellings.
         return source.json.get("model_type") == "minimax_m2"
-    return (source.model_type == "minimax") == native_wanted
+    return (source.model_type == "minimax") == (format == "hf")
 
 
 def _original_type(config: model.ModelConfig) -> str:

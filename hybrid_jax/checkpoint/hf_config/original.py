@@ -64,7 +64,8 @@ def write(config: model.ModelConfig, model_type: str) -> dict:
         found.softmax and found.softmax.qk_norm
     ):
         raise ValueError(
-            "Text-01's config.json has no field for sigmoid routing or query-key norms."
+            "The config of Text-01, M1 and VL-01 has no field for sigmoid routing or query-key "
+            "norms. Save M2 as hf-original, and other models as orbax."
         )
     scale = common.factors(found)
     theta, rotary_dim = common.rope_of(found)

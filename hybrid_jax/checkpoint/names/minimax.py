@@ -5,6 +5,7 @@ Sources: `model.safetensors.index.json` of MiniMax-M1 (8243 names), the loaders 
 are those of transformers' modules; its own saves use the released ones.
 """
 
+import dataclasses
 import re
 
 from hybrid_jax.checkpoint.names.places import Place, places
@@ -58,8 +59,10 @@ def is_linear(name: str) -> bool:
     return _LINEAR.fullmatch(name) is not None
 
 
-def rules(config: model_lib.ModelConfig, stored=()) -> list[Rule]:
+def rules(config: model_lib.ModelConfig, stored=(), prefix: str = "") -> list[Rule]:
     """One rule a published tensor; `stored` names decide which spelling of the experts is meant.
+
+    `prefix` comes before every name, and is not in `stored`.
 
     ValueError if the config holds something the published family has no name for.
     """
@@ -74,7 +77,9 @@ def rules(config: model_lib.ModelConfig, stored=()) -> list[Rule]:
         found.append(Rule("lm_head.weight", (words, wide), "head.kernel", order=(1, 0)))
     for place in places(config):
         found += _layer_rules(place, wide, stored)
-    return found
+    if not prefix:
+        return found
+    return [dataclasses.replace(rule, name=prefix + rule.name) for rule in found]
 
 
 def _layer_rules(place: Place, wide: int, stored) -> list[Rule]:
