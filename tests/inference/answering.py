@@ -40,7 +40,7 @@ LENGTHS = (13, 6, 9, 1, 12, 8, 3, 10)
 
 
 def answers(model, rows, placement=None, steps=2):
-    """Logits after ragged prompts in chunks and each of `steps` <= 2 more tokens; the last state."""
+    """Logits after ragged prompts in chunks and each of `steps` <= 2 more tokens; the state."""
     width = 2 * CHUNK
     lengths = np.array(LENGTHS)[:rows] if rows > 1 else np.array([width])
     tokens = configs.tokens(len(LENGTHS), width + 2)[:rows]

@@ -17,7 +17,8 @@ from hybrid_jax.inference import shapes
 from hybrid_jax.model import quantized
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.parallel import placement as placements
-from sharding import rules
+from pallas_kernels.grouped_swiglu import stacked
+from sharding import Logical, rules
 from tests.inference import answering
 from tests.model import configs
 
@@ -166,6 +167,29 @@ def test_columns_of_a_release_divide_over_eight_devices():
     assert down.shape[-2:] == (1536, 3072)
     assert down.scale.shape[-2:] == (24, 24)
     assert down.scale.sharding.shard_shape(down.scale.shape)[-2:] == (3, 24)
+
+
+@pytest.mark.parametrize("scheme", quantized.DTYPES)
+def test_gate_and_up_that_are_joined_before_they_are_widened_are_the_same(scheme):
+    # As TPUs do it; two blocks of 8 in each dim of a matrix.
+    L, E, D, F = 2, 3, 16, 16
+    draw = np.random.default_rng(0)
+
+    def weight(axes, *shape):
+        own = quantized.tile(scheme, (Logical.EXPERTS, *axes), (E, *shape), BLOCK)
+        values = draw.standard_normal((L, E, *shape)).astype(np.float32)
+        return quantized.quantize(jnp.asarray(values), scheme, own)
+
+    gate_up = weight((Logical.MODEL, Logical.PARTS, Logical.FFN), D, 2, F)
+    down = weight((Logical.FFN, Logical.MODEL), F, D)
+    x = jnp.asarray(draw.standard_normal((7, D)), jnp.float32)
+    arguments = x, gate_up, down, jnp.array([3, 0, 4], jnp.int32), jnp.int32(1)
+    expected, found = (
+        jax.jit(functools.partial(function, widen=quantized.wide))(*arguments)
+        for function in (stacked.cut_out, stacked.cut_out_narrow)
+    )
+    # The same products; fused differently, so rounded differently.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", quantized.DTYPES)
