@@ -88,8 +88,9 @@ class QuantizingReader:
         checkpoint = self._checkpoint
         rules = {rule.name: rule for rule in checkpoint.rules_of(leaf) if rule.share(part)}
         kept = [name for name in rules if self._is_kept(name)]
-        scales = dict(checkpoint.read((checkpoint.scales[name] for name in kept), dequantize=False))
         check = self._check_finite
+        names = (checkpoint.scales[name] for name in kept)
+        scales = dict(checkpoint.read(names, dequantize=False, check_finite=check))
         for name, stored in checkpoint.read(kept, dequantize=False, check_finite=check):
             rule, scale = rules[name], scales.pop(checkpoint.scales[name])
             scale = _scale_block(rule, _of_block(rule, tiles), scale, checkpoint, sides)

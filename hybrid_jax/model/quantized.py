@@ -136,7 +136,7 @@ def widener(weights):
 
 def is_quantized(weight) -> bool:
     """Whether a weight, or any in a tree of weights, has scales."""
-    leaves = jax.tree.leaves(weight, is_leaf=_is_array)
+    leaves = jax.tree.leaves(weight, is_leaf=_is_qarray)
     return any(isinstance(leaf, qwix.QArray) for leaf in leaves)
 
 
@@ -188,5 +188,5 @@ def _is_variable(node) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _is_array(node) -> bool:
+def _is_qarray(node) -> bool:
     return isinstance(node, qwix.QArray)

@@ -39,8 +39,8 @@ MODELS = {
 LENGTHS = (13, 6, 9, 1, 12, 8, 3, 10)
 
 
-def answers(model, rows, placement=None):
-    """Logits after ragged prompts in chunks, then after each of two more tokens; the last state."""
+def answers(model, rows, placement=None, steps=2):
+    """Logits after ragged prompts in chunks and each of `steps` <= 2 more tokens; the state."""
     width = 2 * CHUNK
     lengths = np.array(LENGTHS)[:rows] if rows > 1 else np.array([width])
     tokens = configs.tokens(len(LENGTHS), width + 2)[:rows]
@@ -52,7 +52,7 @@ def answers(model, rows, placement=None):
             nnx.merge(nnx.split(model)[0], params), token_B, state, placement
         )
     )
-    for ahead in range(2):
+    for ahead in range(steps):
         token = tokens[np.arange(rows), lengths + ahead]
         logits, state = step(nnx.split(model)[1], jnp.asarray(token), state)
         found.append(logits)

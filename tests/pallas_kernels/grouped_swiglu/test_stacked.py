@@ -26,7 +26,10 @@ def test_it_equals_the_op_with_that_layers_weights(function):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [grouped_swiglu_of_layer, stacked.one_by_one, stacked.cut_out])
+@pytest.mark.parametrize(
+    "function",
+    [grouped_swiglu_of_layer, stacked.one_by_one, stacked.cut_out, stacked.cut_out_narrow],
+)
 def test_weights_that_are_no_arrays_are_widened_before_they_are_multiplied(function):
     L, E, D, F, R, layer = 2, 3, 8, 6, 7, 1
     draw = np.random.default_rng(0)
