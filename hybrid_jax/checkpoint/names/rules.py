@@ -85,7 +85,8 @@ class Rule:
 
     def to_part(self, values: np.ndarray) -> np.ndarray:
         """The values of a share as they lie in the leaf at its `place`; a view."""
-        return np.expand_dims(values.transpose(self._order), [dim for dim, _ in self._picks])
+        picks = tuple(dim for dim, _ in self._picks)
+        return np.expand_dims(values.transpose(self._order), picks)
 
     def indices(self, share: Box) -> list[np.ndarray]:
         """Of each dim of the published shape, which indices a share takes, ascending."""
