@@ -83,6 +83,6 @@ def test_loading_quantised_never_holds_the_weights_unquantised(tmp_path, scheme)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["weights"] < 0.55 * nbytes * 2.0**-20
-    # 110 to 195 MiB more than the weights, of any size: a tensor of 4 MiB in float32 a few times, up
+    # 110 to 195 MiB more than the weights of any size: a tensor of 4 MiB in float32 a few times, up
     # to 64 MiB of a parameter on the host, XLA's programs, and what glibc keeps of freed memory.
     assert report["peak"] < report["weights"] + 256 < nbytes * 2.0**-20, report

@@ -77,7 +77,7 @@ def test_a_tpu_widens_one_layer_at_a_time_but_lays_out_all_layers_anew(scheme):
     found = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", compiled.as_text())
     assert max(math.prod(map(int, shape.split(","))) for shape in found) <= gate_up / 4
     # The compiler takes bytes from outside in tiles of 32 rows, and has them in tiles of 8 inside
-    # the loop over layers: all are copied once. Beside these there is one layer cut out, joined, and
-    # either in bfloat16 or, of FP8, its scales for each value.
+    # the loop over layers: all are copied once. Beside these there is one layer cut out, joined,
+    # and in bfloat16 or, of FP8, its scales for each value.
     copies, layer = gate_up + down, (gate_up + down) / 4
     assert memory.temp_size_in_bytes < copies + (1 + 1 + 4) * layer
