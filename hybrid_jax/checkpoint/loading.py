@@ -2,7 +2,7 @@
 
 import functools
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,18 @@ def load(
     sharding: jax.sharding.Sharding | None,
     *,
     check_finite: bool = True,
+    seen: Callable[[Box, np.ndarray], None] | None = None,
 ) -> jax.Array:
     """One parameter, of which this process reads what its own devices hold, and that once.
 
     Without a sharding it is on the default device, whence JAX moves it to where it is used. Host
     memory is that of a few pieces, whatever the size of the parameter; a device needs room for its
-    part of the parameter and one piece. Raises ValueError as `parts.read` does.
+    part of the parameter and one piece. `seen` is shown every part with its place in the parameter;
+    of what several processes hold, in one of them. Raises ValueError as `parts.read` does.
     """
     dtype = np.dtype(dtype)
     devices = _devices(shape, sharding)
+    mine = _mine(shape, sharding) if seen is not None else frozenset()
     arrays: list[jax.Array] = []
     has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
     # Without ranges nothing is saved by leaving something out, and all processes read alike.
@@ -51,7 +54,10 @@ def load(
             for shard in shards:
                 common = shard.box.meet(place)
                 if common is not None:
-                    shard.put(common, values[common.within(place).slices])
+                    inside = values[common.within(place).slices]
+                    shard.put(common, inside)
+                    if seen is not None and shard.box in mine:
+                        seen(common, inside)
         assert filled == part.size, f"rules fill {filled} of {part.size} values of {leaf}"
         arrays += [array for shard in shards for array in shard.finish()]
     if sharding is None:
@@ -67,6 +73,17 @@ def _devices(shape, sharding) -> dict[Box, list[jax.Device | None]]:
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices.setdefault(Box.of(index or (), shape), []).append(device)
     return devices
+
+
+def _mine(shape, sharding) -> frozenset[Box]:
+    """Of the parts of a parameter, those whose first holder is of this process."""
+    if sharding is None:
+        return frozenset([Box.whole(shape)])
+    first: dict[Box, jax.Device] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        first.setdefault(Box.of(index or (), shape), device)
+    me = jax.process_index()
+    return frozenset(box for box, device in first.items() if device.process_index == me)
 
 
 def _groups(boxes: Iterable[Box]) -> list[tuple[Box, list[Box]]]:
