@@ -61,15 +61,13 @@ def convert(
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
-            file or shards), also in object storage (`s3://...`); Orbax as written by this package;
-            or a training run, of which the newest good checkpoint is taken; what LoRA learnt is
-            merged in.
+            file or shards), also in storage (`s3://...`); Orbax as written by this package; or a
+            training run, whose newest good checkpoint is taken, merged with what LoRA learnt.
         dst: Appears whole at the end, with the manifest of what was written, or not at all.
-        format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
-            MiniMax released it.
-        dtype: `float32` or `bfloat16` for all weights, FP8 ones multiplied with their scales;
-            routers that are stored in float32 stay so. `fp8`: the matrices of layers in blocks of
-            128 x 128 with scales, the rest as bfloat16. None keeps every tensor's bytes.
+        format: `orbax`; `hf`, as transformers writes it; `hf-original`, as MiniMax released it.
+        dtype: `float32` or `bfloat16` for all weights (FP8 times its scales; routers in float32
+            stay so); `fp8`: the matrices of layers in blocks of 128 x 128 with scales, the rest in
+            bfloat16. None keeps every tensor's bytes.
         progress: Called as progress(done_bytes, total_bytes, tensor_name) after each tensor.
         check_finite: Refuse NaN and infinite weights.
         overwrite: Replace a non-empty `dst`.
@@ -85,11 +83,9 @@ def convert(
         ValueError: what is wrong in `src`, naming file and tensor; or with the arguments.
         OSError: `dst` cannot be written, or the same conversion is under way. `dst` is as before.
     """
-    start = time.perf_counter()
+    start, sizes = time.perf_counter(), (shard_bytes, group_bytes)
     _check_arguments(src, dst, format, dtype, (workers, process, of))
-    job = conversions.Job(
-        folders.absolute(src), format, dtype, check_finite, shard_bytes, group_bytes, language_only
-    )
+    job = conversions.Job(folders.absolute(src), format, dtype, check_finite, *sizes, language_only)
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
         with drafts.begin(
