@@ -12,6 +12,7 @@ from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, loading, savi
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
 from hybrid_jax.checkpoint.conversion import dump_json
 from hybrid_jax.checkpoint.convert import check_format
+from hybrid_jax.checkpoint.formats import folders
 from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
 from hybrid_jax.checkpoint.formats.protocol import TAGS, RangedSource, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsLayout
@@ -122,7 +123,7 @@ def save(
 
     def prepare(directory: pathlib.Path) -> None:
         if sidecars is not None:
-            sidecars_lib.copy(sidecars_lib.find(sidecars), directory)
+            sidecars_lib.copy(folders.at(sidecars), directory)
         if format == "orbax":
             text.write_yaml(model.config, directory / CONFIG_YAML)
         else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hybrid_jax.checkpoint import fp8, nearest
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
-from hybrid_jax.checkpoint.formats.protocol import DTYPES
+from hybrid_jax.checkpoint.formats.protocol import DTYPES, RangedSource
 from hybrid_jax.checkpoint.names.places import places
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint, open_checkpoint
@@ -82,15 +82,15 @@ def compare(
     tensors are in memory at a time.
 
     Args:
-        here: The first directory.
-        there: The second.
+        here: The first directory, which may be in object storage if it is Hugging Face's.
+        there: The second, likewise.
         tolerance: How far two values may be apart, relative to the larger one. 0: not at all;
             0.004 allows for one rounding to bfloat16.
         step: Of a run in the first.
         progress: Called as progress(done, total, name) with bytes of the first.
 
     Raises:
-        ValueError: one of them cannot be opened; what is wrong is named.
+        ValueError: one of them cannot be opened, or is changed meanwhile; what is wrong is named.
     """
     if not tolerance >= 0:
         raise ValueError(f"The tolerance must be a number >= 0; got {tolerance!r}.")
@@ -106,6 +106,9 @@ def compare(
             if count:
                 found.notes.append(f"{count} tensors of {name} are no weights of the model.")
         _compare_all(first, second, found, progress)
+        for side in (first, second):
+            if isinstance(side.source, RangedSource):
+                side.source.check_unchanged()
     found.seconds = time.monotonic() - begin
     return found
 

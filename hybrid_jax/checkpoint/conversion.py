@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -56,7 +55,7 @@ class Conversion:
     def prepare(self, directory: pathlib.Path) -> None:
         """Write the config and what travels along."""
         write_config(directory, self.checkpoint, self.job.format, self.job.dtype, self.plan)
-        sidecars.copy(sidecars.find(self.checkpoint.path), directory)
+        sidecars.copy(self.checkpoint.folder, directory)
 
     def write(
         self, directory: pathlib.Path, number: int, told: Callable[[protocol.TensorInfo], None]
@@ -188,7 +187,7 @@ def write_config(
         values = hf_config.with_fp8(values)
     if described is not None and values is described.json:
         # Byte for byte: nothing has changed.
-        shutil.copyfile(checkpoint.path / CONFIG_JSON, directory / CONFIG_JSON)
+        checkpoint.folder.copy(CONFIG_JSON, directory / CONFIG_JSON)
     else:
         dump_json(directory / CONFIG_JSON, values)
 

@@ -9,7 +9,9 @@ from hybrid_jax.checkpoint import conversion as conversions
 from hybrid_jax.checkpoint import draft as drafts
 from hybrid_jax.checkpoint import plan as plans
 from hybrid_jax.checkpoint import workers as workers_lib
+from hybrid_jax.checkpoint.formats import folders
 from hybrid_jax.checkpoint.formats.orbax import GROUP_BYTES
+from hybrid_jax.checkpoint.formats.remote import is_remote
 from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
@@ -58,8 +60,8 @@ def convert(
 
     Args:
         src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
-            file or shards), Orbax as written by this package, or a training run, of which the
-            newest good checkpoint is taken; what LoRA learnt is merged in.
+            file or shards), also in storage (`s3://...`); Orbax as written by this package; or a
+            training run, whose newest good checkpoint is taken, merged with what LoRA learnt.
         dst: Appears whole at the end, with the manifest of what was written, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it; `hf-vl-01`, as MiniMax released the language part of VL-01.
@@ -79,11 +81,9 @@ def convert(
         ValueError: what is wrong in `src`, naming file and tensor; or with the arguments.
         OSError: `dst` cannot be written, or the same conversion is under way. `dst` is as before.
     """
-    start = time.perf_counter()
+    start, sizes = time.perf_counter(), (shard_bytes, group_bytes)
     _check_arguments(src, dst, format, dtype, (workers, process, of))
-    job = conversions.Job(
-        os.path.abspath(src), format, dtype, check_finite, shard_bytes, group_bytes, language_only
-    )
+    job = conversions.Job(folders.absolute(src), format, dtype, check_finite, *sizes, language_only)
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
         with drafts.begin(
@@ -147,6 +147,10 @@ def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:
     for what, path in (("source", src), ("destination", dst)):
         if not os.fspath(path):
             raise ValueError(f"The {what} must be a directory; got an empty path.")
+    if is_remote(dst):
+        raise ValueError(f"The destination must be on a disk; got {dst}. Copy it there afterwards.")
+    if is_remote(src):
+        return
     # Not Path.resolve, which raises where links run in a circle.
     src, dst = (pathlib.Path(os.path.realpath(path)) for path in (src, dst))
     if src == dst or src in dst.parents or dst in src.parents:

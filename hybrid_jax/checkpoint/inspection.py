@@ -1,7 +1,6 @@
 """What a checkpoint directory is and what is wrong with it, by headers and metadata alone."""
 
 import dataclasses
-import pathlib
 
 from hybrid_jax.checkpoint import (
     digests,
@@ -15,6 +14,8 @@ from hybrid_jax.checkpoint import (
 )
 from hybrid_jax.checkpoint import listing as listing_lib
 from hybrid_jax.checkpoint import sidecars as sidecars_lib
+from hybrid_jax.checkpoint.formats import folders
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 from hybrid_jax.checkpoint.names import tree
 from hybrid_jax.checkpoint.names.rules import Rule
@@ -29,7 +30,7 @@ from hybrid_jax.model import lowrank
 class Inspection:
     """Everything that `inspect` says."""
 
-    path: pathlib.Path
+    folder: Folder
     listing: listing_lib.Listing
     config: model_lib.ModelConfig | None = None
     """What the directory's own config describes; None if there is none that can be read."""
@@ -77,7 +78,8 @@ def inspect(
     """Look at a directory of any format. What is wrong with it is in `problems`, not raised.
 
     Args:
-        path: The directory; no weights are read.
+        path: The directory, which may be in object storage if it is Hugging Face's; no weights are
+            read.
         preset: Hold the tensors against this preset instead of the directory's own config.
         step: Of a run; its newest without.
         need_files: Whether files that an index names and that are not there are a problem; else a
@@ -87,7 +89,8 @@ def inspect(
         ValueError: it is no checkpoint at all, or there is no such preset or step.
     """
     asked = None if preset is None else presets.get(preset)
-    found = Inspection(pathlib.Path(path), listing_lib.of_directory(path, step))
+    listing = listing_lib.of_directory(path, step)
+    found = Inspection(folders.at(path), listing)
     found.problems += found.listing.problems
     if found.listing.absent:
         absent = found.listing.absent
@@ -110,14 +113,15 @@ def _read_config(found: Inspection) -> TrainConfig | None:
     run = None
     try:
         if found.listing.container == listing_lib.RUN:
-            run = text.read_yaml(TrainConfig, found.path / sidecars_lib.CONFIG_YAML)
+            run = text.read_yaml(TrainConfig, found.folder.where(sidecars_lib.CONFIG_YAML))
             found.config = run.model
         elif found.listing.vocabulary == "tree":
-            where = found.path / sidecars_lib.CONFIG_YAML
+            where = found.folder.where(sidecars_lib.CONFIG_YAML)
             found.config = text.read_yaml(model_lib.ModelConfig, where)
         else:
-            where = found.path / sidecars_lib.CONFIG_JSON
-            found.description = hf_config.describe(hf_config.read_json(where), str(where))
+            where = found.folder.where(sidecars_lib.CONFIG_JSON)
+            values = hf_config.read_from(found.folder, sidecars_lib.CONFIG_JSON)
+            found.description = hf_config.describe(values, where)
             found.config = found.description.model
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
@@ -160,7 +164,7 @@ def _match(found: Inspection, model: model_lib.ModelConfig) -> matching.Match:
                 for layer in model.layers
             )
             described = hf_config.Description(model, {}, "minimax_m2" if sigmoid else "minimax")
-        where = str(found.path / sidecars_lib.CONFIG_JSON)
+        where = found.folder.where(sidecars_lib.CONFIG_JSON)
         described = dataclasses.replace(described, model=model)
         match = matching.published(described, stored, where)
         if found.listing.index_bytes is not None and not found.has_all_forms:
@@ -210,10 +214,9 @@ def _describe_files(found: Inspection, run: TrainConfig | None) -> None:
         found.notes.append(f"{count} tensors follow from the config, or are no part of the model.")
     _compare_index(found)
     try:
-        found.sidecars = [path.name for path in sidecars_lib.find(found.path)]
+        found.sidecars = sidecars_lib.find(found.folder)
     except OSError as error:
-        found.problems.append(f"{found.path}: {error.strerror or error}.")
-    found.sidecars = [name for name in found.sidecars if name != manifest.NAME]
+        found.problems.append(f"{found.folder}: {error.strerror or error}.")
     _describe_manifest(found)
 
 
@@ -227,11 +230,14 @@ def _compare_index(found: Inspection) -> None:
 
 
 def _describe_manifest(found: Inspection) -> None:
-    place = found.listing.path
+    place = found.listing.folder
+    if not isinstance(place, LocalFolder):
+        found.checksums = "looked for on disks only"
+        return
     try:
-        known, wrong = manifest.glance(place)
+        known, wrong = manifest.glance(place.path)
     except FileNotFoundError:
-        found.checksums = f"none; `hybrid-jax verify {found.path} --write-manifest` makes one"
+        found.checksums = f"none; `hybrid-jax verify {found.folder} --write-manifest` makes one"
         if found.listing.container == listing_lib.RUN:
             found.checksums = "none: the checkpoint was not finished"
         return

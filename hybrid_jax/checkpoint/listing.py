@@ -1,27 +1,29 @@
 """What a checkpoint directory holds, by its headers and indexes, however damaged it is."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
 
 from hybrid_jax.checkpoint import manifest
-from hybrid_jax.checkpoint.formats import orbax, training_run
-from hybrid_jax.checkpoint.formats.files import LocalFolder
-from hybrid_jax.checkpoint.formats.hf_directory import read_index
-from hybrid_jax.checkpoint.formats.links import inside
+from hybrid_jax.checkpoint.formats import folders, orbax, training_run
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
+from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, read_index
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
 from hybrid_jax.checkpoint.formats.safetensors_writer import INDEX_NAME
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON
 
 HUGGING_FACE, ORBAX, RUN = "Hugging Face", "Orbax", "training run"
+# Files opened at a time.
+_OPENING = 16
 
 
 @dataclasses.dataclass
 class Listing:
     """Names, and what is known of each without reading weights."""
 
-    path: pathlib.Path
+    folder: Folder
     """Where the tensors are; of a run, the checkpoint that was chosen."""
     container: str
     """HUGGING_FACE, ORBAX or RUN."""
@@ -42,44 +44,47 @@ class Listing:
 
 
 def of_directory(path, step: int | None = None) -> Listing:
-    """List a directory. ValueError if it is no checkpoint, or has none of `step`."""
-    path = pathlib.Path(path)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; expected a checkpoint directory.")
-    if training_run.is_training_run(path):
-        return _run(path, step)
+    """List a directory, which may be in object storage if it is Hugging Face's.
+
+    ValueError if it is no checkpoint, or has none of `step`.
+    """
+    folder = folders.at(path)
+    local = folder.path if isinstance(folder, LocalFolder) else None
+    if local is not None and training_run.is_training_run(local):
+        return _run(local, step)
     if step is not None:
-        raise ValueError(f"{path} is one checkpoint and no run: it has no step {step} to choose.")
-    if orbax.is_orbax(path) or (path / "weights").is_dir():
-        return _orbax(path)
-    if (path / CONFIG_JSON).is_file() or list(path.glob("*.safetensors*")):
-        return _hugging_face(path)
+        raise ValueError(f"{folder} is one checkpoint and no run: it has no step {step} to choose.")
+    if local is not None and (orbax.is_orbax(local) or (local / "weights").is_dir()):
+        return _orbax(local)
+    present = folder.names()
+    if CONFIG_JSON in present or any(SUFFIX in name for name in present):
+        return _hugging_face(folder, present)
     raise ValueError(
-        f"{path} is no checkpoint: expected config.json with safetensors files (Hugging Face), "
-        f"{orbax.INDEX_NAME} with Orbax weights, or the directory of a training run."
+        f"{folder} is no checkpoint: expected config.json with safetensors files (Hugging Face) "
+        f"or, on a disk, {orbax.INDEX_NAME} with Orbax weights, or the directory of a training run."
     )
 
 
-def _hugging_face(path: pathlib.Path) -> Listing:
-    found = Listing(path, HUGGING_FACE, "published")
+def _hugging_face(folder: Folder, present: list[str]) -> Listing:
+    found = Listing(folder, HUGGING_FACE, "published")
     try:
-        weight_map = read_index(LocalFolder(path))
+        weight_map = read_index(folder)
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
         weight_map = None
-    here = sorted(file.name for file in path.glob("*.safetensors"))
+    here = [name for name in present if name.endswith(SUFFIX)]
     if weight_map is None:
         _without_index(found, here)
         return found
-    found.index_bytes = _total_size(path / INDEX_NAME)
+    found.index_bytes = _total_size(folder)
     found.tensors = dict.fromkeys(weight_map)
     found.files = dict(weight_map)
     for name in sorted(set(weight_map.values())):
-        if (path / name).exists() or (path / name).is_symlink():
-            _add_indexed(found, name)
-        else:
+        if name not in here:
             found.absent.append(name)
+    headers = _headers(found, [name for name in here if name in set(weight_map.values())])
+    for name, tensors in headers.items():
+        _add_indexed(found, name, tensors)
     others = sorted(set(here) - set(weight_map.values()))
     if others:
         found.problems.append(
@@ -92,16 +97,16 @@ def _hugging_face(path: pathlib.Path) -> Listing:
 def _without_index(found: Listing, here: list[str]) -> None:
     if not here:
         found.problems.append(
-            f"{found.path} holds no safetensors file. Pickled weights, if there are any, are never "
-            "opened here."
+            f"{found.folder} holds no safetensors file. Pickled weights, if there are any, are "
+            "never opened here."
         )
     if len(here) > 1:
         found.problems.append(
-            f"{found.path} holds {len(here)} safetensors files but no {INDEX_NAME} that says what "
-            "belongs together. Download the index."
+            f"{found.folder} holds {len(here)} safetensors files but no {INDEX_NAME} that says "
+            "what belongs together. Download the index."
         )
-    for name in here:
-        for tensor, info in _header(found, name).items():
+    for name, tensors in _headers(found, here).items():
+        for tensor, info in tensors.items():
             if tensor in found.files:
                 found.problems.append(
                     f"The tensor {tensor!r} is in {found.files[tensor]} and in {name}."
@@ -109,9 +114,8 @@ def _without_index(found: Listing, here: list[str]) -> None:
             found.tensors[tensor], found.files[tensor] = info, name
 
 
-def _add_indexed(found: Listing, name: str) -> None:
+def _add_indexed(found: Listing, name: str, inside_it: dict[str, TensorInfo]) -> None:
     """The tensors of one shard, held against the index."""
-    inside_it = _header(found, name)
     if not inside_it:
         return
     named = {tensor for tensor, file in found.files.items() if file == name}
@@ -127,19 +131,26 @@ def _add_indexed(found: Listing, name: str) -> None:
         found.tensors[tensor] = inside_it[tensor]
 
 
-def _header(found: Listing, name: str) -> dict[str, TensorInfo]:
-    """Empty for a file that cannot be read, which is said."""
-    try:
-        file = SafetensorsFile(inside(found.path, name))
-    except (ValueError, OSError) as error:
-        found.problems.append(str(error))
-        return {}
-    file.close()
-    return file.tensors
+def _headers(found: Listing, names: list[str]) -> dict[str, dict[str, TensorInfo]]:
+    """Tensors by file; none for one that cannot be read, which is said."""
+
+    def header(name: str) -> dict[str, TensorInfo] | str:
+        try:
+            file = SafetensorsFile(found.folder.where(name), found.folder.open(name))
+        except (ValueError, OSError) as error:
+            return str(error)
+        file.close()
+        return file.tensors
+
+    # Each is a request or two to a store.
+    with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+        said = dict(zip(names, pool.map(header, names), strict=True))
+    found.problems += [error for error in said.values() if isinstance(error, str)]
+    return {name: {} if isinstance(each, str) else each for name, each in said.items()}
 
 
-def _total_size(path: pathlib.Path) -> int | None:
-    metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
+def _total_size(folder: Folder) -> int | None:
+    metadata = json.loads(folder.read_bytes(INDEX_NAME)).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     # Some writers store a float.
     if isinstance(total, float) and total.is_integer():
@@ -149,7 +160,7 @@ def _total_size(path: pathlib.Path) -> int | None:
 
 def _orbax(path: pathlib.Path) -> Listing:
     has_published = (path / CONFIG_JSON).is_file()
-    found = Listing(path, ORBAX, "published" if has_published else "tree")
+    found = Listing(LocalFolder(path), ORBAX, "published" if has_published else "tree")
     try:
         directory = orbax.OrbaxDirectory(path)
     except (ValueError, OSError) as error:
@@ -170,9 +181,10 @@ def _run(path: pathlib.Path, step: int | None) -> Listing:
             _, wrong = manifest.glance(place, name=str(each))
             if not wrong:
                 tensors: dict[str, TensorInfo | None] = {**training_run.stored(place)}
-                return Listing(place, RUN, "leaves", tensors, problems=problems, step=each)
+                chosen = LocalFolder(place)
+                return Listing(chosen, RUN, "leaves", tensors, problems=problems, step=each)
             problems.append(f"Step {each} is not what was written: {'; '.join(wrong[:5])}.")
         except (manifest.Damaged, FileNotFoundError, ValueError) as error:
             problems.append(f"Step {each}: {error}")
     place = path / training_run.CHECKPOINTS / str(steps[-1])
-    return Listing(place, RUN, "leaves", problems=problems, step=steps[-1])
+    return Listing(LocalFolder(place), RUN, "leaves", problems=problems, step=steps[-1])

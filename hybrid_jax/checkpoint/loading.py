@@ -2,7 +2,7 @@
 
 import functools
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,24 @@ def load(
     sharding: jax.sharding.Sharding | None,
     *,
     check_finite: bool = True,
+    seen: Callable[[Box, np.ndarray], None] | None = None,
 ) -> jax.Array:
     """One parameter, of which this process reads what its own devices hold, and that once.
 
-    As `deal` has it for memory. Raises ValueError as `parts.read` does.
+    `seen` is shown every part with its place in the parameter; of what several processes hold, in
+    one of them. As `deal` has it for memory. Raises ValueError as `parts.read` does.
     """
     dtype = np.dtype(dtype)
-    read = lambda part: parts.read(checkpoint, leaf, part, dtype, check_finite=check_finite)
+    mine = _mine(shape, sharding) if seen is not None else frozenset()
+
+    def read(part: Box) -> Iterator[tuple[Box, np.ndarray]]:
+        for place, values in parts.read(checkpoint, leaf, part, dtype, check_finite=check_finite):
+            for box in mine:
+                common = box.meet(place)
+                if seen is not None and common is not None:
+                    seen(common, values[common.within(place).slices])
+            yield place, values
+
     # Without ranges two boxes that share a tensor would read it twice.
     has_ranges = isinstance(checkpoint.source, protocol.RangedSource)
     return deal(read, shape, dtype, sharding, at_once=not has_ranges)
@@ -84,6 +95,17 @@ def _devices(shape, sharding) -> dict[Box, list[jax.Device | None]]:
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices.setdefault(Box.of(index or (), shape), []).append(device)
     return devices
+
+
+def _mine(shape, sharding) -> frozenset[Box]:
+    """Of the parts of a parameter, those whose first holder is of this process."""
+    if sharding is None:
+        return frozenset([Box.whole(shape)])
+    first: dict[Box, jax.Device] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        first.setdefault(Box.of(index or (), shape), device)
+    me = jax.process_index()
+    return frozenset(box for box, device in first.items() if device.process_index == me)
 
 
 def _groups(boxes: Iterable[Box]) -> list[tuple[Box, list[Box]]]:

@@ -3,17 +3,15 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import warnings
 
 import numpy as np
 
 from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, matching, parts
-from hybrid_jax.checkpoint.formats import orbax, protocol, training_run
+from hybrid_jax.checkpoint.formats import folders, orbax, protocol, training_run
 from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, HfDirectory
 from hybrid_jax.checkpoint.formats.merged import Merged
-from hybrid_jax.checkpoint.formats.remote import RemoteFolder, is_remote
 from hybrid_jax.checkpoint.names import tree
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
@@ -67,15 +65,6 @@ class Checkpoint:
             yield name, array
 
     @property
-    def path(self) -> pathlib.Path:
-        """The directory; ValueError for one in object storage."""
-        if not isinstance(self.folder, LocalFolder):
-            raise ValueError(
-                f"{self.folder} can only be loaded from where it is. For this, copy it to a disk."
-            )
-        return self.folder.path
-
-    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters of our tree that it fills, by name."""
         return leaves.shapes(self.config)
@@ -113,8 +102,8 @@ def open_checkpoint(path, step: int | None = None):
     Face directories may also be in object storage (`s3://...`).
     ValueError names the file, field or tensor that is missing, extra, of a wrong shape or dtype.
     """
-    folder: Folder = RemoteFolder(path) if is_remote(path) else LocalFolder(path)
-    local = None if is_remote(path) else _directory(path)
+    folder = folders.at(path)
+    local = folder.path if isinstance(folder, LocalFolder) else None
     source: protocol.Source
     if local is not None and orbax.is_orbax(local):
         source = directory = orbax.OrbaxDirectory(local)
@@ -138,14 +127,6 @@ def open_checkpoint(path, step: int | None = None):
                 f"{folder} is one checkpoint and no run: it has no step {step} to choose."
             )
         yield understand(folder, source)
-
-
-def _directory(path) -> pathlib.Path:
-    path = pathlib.Path(path)
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; expected a checkpoint directory.")
-    return path
 
 
 def _published(folder: Folder, source) -> Checkpoint:

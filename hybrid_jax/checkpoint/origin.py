@@ -1,16 +1,18 @@
 """What a conversion is made from, and how: two starts with the same of both go on with one work."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Mapping
 
 from hybrid_jax import __version__
 from hybrid_jax.checkpoint import sidecars
 from hybrid_jax.checkpoint.formats import protocol, training_run
 from hybrid_jax.checkpoint.opened import Checkpoint
+
+# Hundreds of files, each of which may be a request to a store.
+_ASKING = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Origin:
 def of(checkpoint: Checkpoint, layout: protocol.Layout, options: Mapping) -> Origin:
     """Names, sizes and times of the source's files; the options; what will lie where; our version.
 
-    The place of the source does not count, for machines may know it by other paths.
+    In object storage a file has the version that the store gives it instead of a time. The place
+    of the source does not count, for machines may know it by other paths.
     """
     units = [
         [[info.name, info.dtype, list(info.shape)] for info in unit.infos] for unit in layout.units
@@ -49,29 +52,16 @@ def of(checkpoint: Checkpoint, layout: protocol.Layout, options: Mapping) -> Ori
 
 
 def _files(checkpoint: Checkpoint) -> list[list]:
-    """[path, bytes, time of the last change] of everything that is read."""
-    path, found = checkpoint.path, []
-    weights = path
-    if checkpoint.step is not None:
+    """[path, bytes, version or time of the last change] of everything that is read."""
+    folder, step = checkpoint.folder, checkpoint.step
+    if step is None:
+        names = folder.below()
+    else:
         # The run itself may go on meanwhile.
-        weights = path / training_run.CHECKPOINTS / str(checkpoint.step)
-        company = [path / sidecars.CONFIG_YAML, *sidecars.find(path)]
-        found += [_stat(path, file) for file in company if file.is_file()]
-    for place, folders, names in os.walk(weights):
-        # The Hub's client keeps records of its own in such folders.
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        found += [_stat(path, pathlib.Path(place, name)) for name in names]
-    return sorted(found)
-
-
-def _stat(root: pathlib.Path, file: pathlib.Path) -> list:
-    name = file.relative_to(root).as_posix()
-    try:
-        stat = file.stat()
-    except OSError:
-        # A link to nothing; whoever reads it says so.
-        return [name, -1, -1]
-    return [name, stat.st_size, stat.st_mtime_ns]
+        names = folder.below(f"{training_run.CHECKPOINTS}/{step}")
+        names += [sidecars.CONFIG_YAML, *sidecars.find(folder)]
+    with concurrent.futures.ThreadPoolExecutor(_ASKING) as pool:
+        return sorted([name, *state] for name, state in zip(names, pool.map(folder.state, names)))
 
 
 def _digest(value) -> str:

@@ -69,7 +69,7 @@ def make(
     """
     if checkpoint.vision and not language_only:
         raise ValueError(
-            f"{checkpoint.path} has {len(checkpoint.vision)} tensors of a vision part, first "
+            f"{checkpoint.folder} has {len(checkpoint.vision)} tensors of a vision part, first "
             f"{checkpoint.vision[0]!r}, which nothing here computes or carries. `hybrid-jax "
             "convert --language-only` leaves them out."
         )

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from hybrid_jax.checkpoint import fp8, hf_config, inspection, mapping
 from hybrid_jax.checkpoint import plan as plans
-from hybrid_jax.checkpoint.formats.files import LocalFolder
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 from hybrid_jax.checkpoint.opened import Checkpoint
 
@@ -68,7 +67,7 @@ def _plan(found: inspection.Inspection, format, dtype, language_only: bool) -> p
         for name, info in found.infos.items()
     }
     checkpoint = Checkpoint(
-        LocalFolder(found.path),
+        found.folder,
         found.config,
         described,
         _Names(tensors),  # type: ignore[arg-type]

@@ -1,11 +1,10 @@
 """Files that travel with the weights: tokenizer, generation config, chat template, licence."""
 
 import pathlib
-import shutil
 
 from hybrid_jax.checkpoint import manifest
 from hybrid_jax.checkpoint.formats import orbax
-from hybrid_jax.checkpoint.formats.links import inside
+from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.training_run import is_training_run
 
 CONFIG_JSON, CONFIG_YAML = "config.json", "config.yaml"
@@ -17,37 +16,28 @@ _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken")
 _OF_RUNS = ("environment.json", "start.json")
 
 
-def find(directory) -> list[pathlib.Path]:
-    """Files and folders of a checkpoint directory that are neither its weights nor its config.
+def find(folder: Folder) -> list[str]:
+    """Names of files of a checkpoint that are neither its weights nor its config.
 
     Nor its manifest, and, of a training run, its own records.
     """
     known: tuple[str, ...] = (CONFIG_JSON, CONFIG_YAML, orbax.INDEX_NAME, manifest.NAME)
-    if is_training_run(directory):
+    if isinstance(folder, LocalFolder) and is_training_run(folder.path):
         known += _OF_RUNS
-    return [
-        path
-        for path in sorted(pathlib.Path(directory).iterdir())
-        if path.name not in known and not path.name.startswith(".") and _travels(path)
-    ]
+    found = [name for name in folder.names() if name not in known and _travels(name)]
+    # What transformers reads there, and no folders below: a link to "." has no end.
+    templates = [name for name in folder.names(TEMPLATES) if name.endswith(".jinja")]
+    return found + [f"{TEMPLATES}/{name}" for name in templates]
 
 
-def copy(paths, directory: pathlib.Path) -> None:
-    """Copy them into a directory; ValueError for a link that leads out of theirs."""
-    for path in paths:
-        if path.name == TEMPLATES:
-            # What transformers reads there, and no folders below: a link to "." has no end.
-            (directory / path.name).mkdir()
-            for template in sorted(path.glob("*.jinja")):
-                name = f"{path.name}/{template.name}"
-                shutil.copyfile(inside(path.parent, name), directory / name)
-        else:
-            shutil.copyfile(inside(path.parent, path.name), directory / path.name)
+def copy(folder: Folder, directory: pathlib.Path) -> None:
+    """Copy them into a directory; ValueError for a link that leads out of their folder."""
+    for name in find(folder):
+        (directory / name).parent.mkdir(exist_ok=True)
+        folder.copy(name, directory / name)
 
 
-def _travels(path: pathlib.Path) -> bool:
-    if path.is_dir():
-        return path.name == TEMPLATES
-    if path.name.endswith(".index.json"):
+def _travels(name: str) -> bool:
+    if name.startswith(".") or name.endswith(".index.json"):
         return False
-    return path.suffix in _SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
+    return pathlib.PurePath(name).suffix in _SUFFIXES or name.startswith(("LICENSE", "NOTICE"))

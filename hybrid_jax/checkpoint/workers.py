@@ -173,7 +173,7 @@ def _obey(order: dict, say) -> None:
     with open_checkpoint(order["job"]["src"], order["step"]) as checkpoint:
         conversion = Conversion(Job(**order["job"]), checkpoint)
         if conversion.origin.digest != order["origin"]:
-            raise ValueError(f"{checkpoint.path} has changed since the conversion began.")
+            raise ValueError(f"{checkpoint.folder} has changed since the conversion began.")
         draft = Draft(pathlib.Path(order["dst"]), conversion.origin, *order["process"])
         written = lambda info: say(bytes=info.nbytes, name=info.name)
         write(conversion, draft, order["numbers"], written)

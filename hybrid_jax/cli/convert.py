@@ -31,7 +31,7 @@ class Args:
     """
 
     src: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """Directory of the checkpoint, or of a run."""
+    """Directory of the checkpoint, or of a run; a Hugging Face one also in storage: s3://..."""
     dst: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")] = ""
     """Directory to create; none with --dry-run."""
     format: typing.Literal["orbax", "hf", "hf-original", "hf-vl-01"] = dataclasses.field(

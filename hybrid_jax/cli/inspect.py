@@ -21,8 +21,8 @@ class Args:
     Exit code 0: a whole checkpoint; 1: something is missing, unknown or damaged; 2: no checkpoint.
     """
 
-    path: typing.Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DIR")]
-    """Directory of the checkpoint, or of a run."""
+    path: typing.Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """Directory of the checkpoint, or of a run; a Hugging Face one also in storage: s3://..."""
     preset: str | None = None
     """Hold the tensors against this preset, instead of against the directory's own config."""
     step: int | None = None
@@ -45,6 +45,7 @@ def run(args: Args) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
+        from hybrid_jax.checkpoint.formats import folders
         from hybrid_jax.observe.parts import draw_parts
 
         if found.match is None:
@@ -52,7 +53,8 @@ def run(args: Args) -> int:
         parts = sizes.parts(found.model, found.match, found.infos)
         drawn = [(part.name, part.layer, part.bytes) for part in parts]
         taken = "" if found.has_all_forms else " (sizes as its config asks for)"
-        draw_parts(drawn, args.plot, title=f"{args.path.absolute().name}{taken}")
+        name = pathlib.PurePath(folders.absolute(args.path)).name
+        draw_parts(drawn, args.plot, title=f"{name}{taken}")
     return 1 if found.problems else 0
 
 
@@ -60,7 +62,7 @@ def _report(found) -> dict:
     """All that is said, as JSON has it."""
     match, config, listing = found.match, found.config, found.listing
     return {
-        "path": str(found.path),
+        "path": str(found.folder),
         "container": listing.container,
         "vocabulary": listing.vocabulary,
         "dialect": None if found.description is None else found.description.model_type,

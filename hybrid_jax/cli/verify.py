@@ -27,14 +27,15 @@ class Args:
     1: something does not hold or could not be checked (no manifest), or they differ; 2: bad input.
     """
 
-    path: tyro.conf.Positional[pathlib.Path]
-    """A checkpoint; a training run, its directory of checkpoints, or one of them."""
+    path: tyro.conf.Positional[str]
+    """A checkpoint; a training run, its directory of checkpoints, or one of them. With --against a
+    Hugging Face directory may be in storage: s3://..."""
     step: int | None = None
     """Of a run: only this one."""
     write_manifest: bool = False
     """Make manifest.json of a directory that has none, if nothing is wrong with it."""
-    against: pathlib.Path | None = None
-    """Compare with this checkpoint instead."""
+    against: str | None = None
+    """Compare with this checkpoint instead, which may be in storage likewise."""
     tolerance: float = 0.0
     """With --against: how far two values may be apart, relative to the larger one; 0.004 allows for
     one rounding to bfloat16."""
@@ -45,12 +46,18 @@ class Args:
 def run(args: Args) -> int:
     """0 if all holds, 1 if not; raises ValueError for bad input."""
     from hybrid_jax.checkpoint import verification
+    from hybrid_jax.checkpoint.formats.remote import is_remote
 
     json_report.check_writable(args.json)
     if args.against is not None:
         return _compare(args)
     if args.tolerance:
         raise ValueError("--tolerance is for --against, which compares two checkpoints.")
+    if is_remote(args.path):
+        raise ValueError(
+            f"{args.path} is in object storage, which --against compares. Copy it to a disk, and "
+            "verify that."
+        )
     if not verification.is_of_run(args.path):
         return _reread(args)
     if args.write_manifest:
@@ -98,7 +105,7 @@ def _reread(args: Args) -> int:
 
     if args.step is not None:
         raise ValueError(f"{args.path} is one checkpoint and no run: it has no step to choose.")
-    size = sum(file.stat().st_size for file in args.path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in pathlib.Path(args.path).rglob("*") if file.is_file())
     with progress_bar.of_bytes(size) as read:
         found = rereading.reread(args.path, write_manifest=args.write_manifest, progress=read)
     for problem in found.problems:

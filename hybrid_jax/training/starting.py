@@ -1,21 +1,23 @@
 """The first state of a run that begins with the weights of another one."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
-import xxhash
 
-from hybrid_jax.checkpoint import atomic
+from hybrid_jax.checkpoint import atomic, loading
+from hybrid_jax.checkpoint.formats.protocol import RangedSource
 from hybrid_jax.checkpoint.opened import Checkpoint, open_checkpoint
 from hybrid_jax.config import text
 from hybrid_jax.config.start import Start
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.training.checkpoints import CheckpointStore
+from hybrid_jax.training.fingerprint import Fingerprint
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Named, Skeleton
 from hybrid_jax.training.run import RunDirectory
@@ -31,7 +33,9 @@ class Origin:
     step: int | None
     """Of the run it came from; None for other checkpoints."""
     digest: str
-    """xxh3-128 of names and values of the parameters as this run began with them."""
+    """Of names and values of the parameters as this run began with them, in its dtypes: runs that
+    began with the same have the same, whatever they read and on whatever devices
+    (`fingerprint.Fingerprint`)."""
     differences: tuple[str, ...]
     """Fields of the model's configuration that were otherwise there."""
 
@@ -53,15 +57,18 @@ def begin(
     `note` is told what they are, how the model differs, and if `tokenizer`, the file of this run,
     is not the one that lies beside them.
 
-    Each process reads one parameter after the other and keeps what its devices hold. Raises
+    Each process reads what its devices hold, one parameter after the other. Raises
     ValueError, listing every difference, if names or shapes are not those of this model; ValueError
     or OSError if there is nothing to read.
     """
     start = config.start
     assert start is not None
-    found: list[tuple[Named, Origin]] = []
+    found: list[tuple[Named, Fingerprint, int | None, tuple[str, ...]]] = []
     processes.all_pass(lambda: found.append(_read(config, start, skeleton, placement)))
-    params, origin = found.pop()
+    params, values, step, differences = found.pop()
+    # Not before each has read its own.
+    digest = values.digest({name: skeleton.abstract[name] for name in skeleton.names})
+    origin = Origin(str(start.path), step, digest, differences)
     if start.moments:
         del params
         # All take part, for every process restores its own part.
@@ -82,25 +89,22 @@ def _differ(one: pathlib.Path, other: pathlib.Path) -> bool:
     return one.is_file() and other.is_file() and one.read_bytes() != other.read_bytes()
 
 
-def _read(config: TrainConfig, start: Start, skeleton: Skeleton, placement) -> tuple[Named, Origin]:
+def _read(config: TrainConfig, start: Start, skeleton: Skeleton, placement):
+    """(parameters, what they are, step, fields of the model's configuration that differ)."""
     with open_checkpoint(start.path, start.step) as checkpoint:
         _check_same_parameters(checkpoint, skeleton)
-        digest, params = xxhash.xxh3_128(), {}
-        for name in sorted(skeleton.names):
-            wanted = skeleton.abstract[name]
-            array = checkpoint.read_leaf(name, wanted.shape, np.dtype(wanted.dtype))
-            digest.update(name.encode())
-            digest.update(array.reshape(-1).view(np.uint8).data)
-            params[name] = _placed(name, array, skeleton, placement)
-        differences = _differences(checkpoint.config, config.model)
-        return params, Origin(str(start.path), checkpoint.step, digest.hexdigest(), differences)
-
-
-def _placed(name: str, array: np.ndarray, skeleton: Skeleton, placement) -> jax.Array:
-    if placement is None:
-        return jax.device_put(array, jax.devices()[0])
-    where = placement.parameter(name, skeleton.all_axes(name), array.shape)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+        params: Named = {}
+        values = Fingerprint()
+        for name in skeleton.names:
+            wanted, where = skeleton.abstract[name], None
+            if placement is not None:
+                where = placement.parameter(name, skeleton.all_axes(name), wanted.shape)
+            dtype = np.dtype(wanted.dtype)
+            seen = functools.partial(values.add, name, wanted.shape)
+            params[name] = loading.load(checkpoint, name, wanted.shape, dtype, where, seen=seen)
+        if isinstance(checkpoint.source, RangedSource):
+            checkpoint.source.check_unchanged()
+        return params, values, checkpoint.step, _differences(checkpoint.config, config.model)
 
 
 def _with_moments(
@@ -165,7 +169,7 @@ def _differences(there, here) -> tuple[str, ...]:
 
 def _describe(origin: Origin) -> str:
     step = "" if origin.step is None else f" at step {origin.step}"
-    lines = [f"Starting with the weights of {origin.path}{step} (xxh3-128 {origin.digest})."]
+    lines = [f"Starting with the weights of {origin.path}{step} (digest {origin.digest})."]
     if origin.differences:
         lines.append("Differing from there: " + "; ".join(origin.differences) + ".")
     return " ".join(lines)

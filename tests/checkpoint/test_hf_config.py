@@ -6,6 +6,7 @@ import json
 import pytest
 
 from hybrid_jax.checkpoint import hf_config
+from hybrid_jax.checkpoint.formats.files import LocalFolder
 from hybrid_jax.config import layers, model, presets
 from tests.checkpoint.published import (
     FP8_CONFIG,
@@ -228,12 +229,12 @@ def test_a_wrong_value_is_named_with_its_file(dialect, changes, message):
 def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config.json"):
-        hf_config.read_json(tmp_path / "config.json")
+        hf_config.read_from(LocalFolder(tmp_path), "config.json")
 
 
 def test_a_config_that_is_no_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be a readable file: Is a directory"):
-        hf_config.read_json(tmp_path)
+        hf_config.read_from(LocalFolder(tmp_path.parent), tmp_path.name)
 
 
 def test_harmless_fields_are_accepted():

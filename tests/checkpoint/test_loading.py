@@ -1,11 +1,13 @@
 """Parameters on a mesh are those of one device; processes read their own part of the bytes."""
 
+import collections
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -70,6 +72,21 @@ def test_every_byte_is_read_once_however_many_devices_share_it(tmp_path):
         assert checkpoint.source.bytes_read == sum(
             info.nbytes for info in checkpoint.source.tensors.values()
         )
+
+
+def test_of_several_processes_one_shows_each_part(monkeypatch):
+    class Sharding:
+        """Copies over two processes of two devices each, split in two."""
+
+        def devices_indices_map(self, shape):
+            device = collections.namedtuple("Device", "id process_index")
+            return {device(n, n // 2): (slice(4 * (n % 2), 4 * (n % 2) + 4),) for n in range(4)}
+
+    shown = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shown += loading._mine((8,), Sharding())
+    assert sorted(box.begin for box in shown) == [(0,), (4,)]
 
 
 def test_dims_that_do_not_divide_are_refused_before_anything_is_read(tmp_path):

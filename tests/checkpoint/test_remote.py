@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import re
+import shutil
 import sys
 import threading
 
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 
 import hybrid_jax
-from hybrid_jax.checkpoint import leaves
+from hybrid_jax import checkpoint
+from hybrid_jax.checkpoint import comparison, leaves
 from hybrid_jax.checkpoint.boxes import Box
+from hybrid_jax.checkpoint.formats import remote
 from hybrid_jax.checkpoint.formats.hf_directory import HfDirectory
 from hybrid_jax.checkpoint.formats.remote import RemoteFile, RemoteFolder, is_remote
+from hybrid_jax.cli import main
 from tests.checkpoint import published
 
 fsspec = pytest.importorskip("fsspec")
@@ -199,3 +203,122 @@ def test_a_web_server_with_ranges_serves_a_model_and_one_without_is_refused(dire
         pytest.raises(ValueError, match=r"safetensors: 9 bytes were asked for .* knows? ranges"),
     ):
         hybrid_jax.load(url)
+
+
+# Two units, so that there is work for two.
+GROUP = 10_000
+COMPANY = {
+    "tokenizer.json": b'{"a": 1}',
+    "generation_config.json": b"{}\n",
+    "chat_template.jinja": b"{{ x }}",
+    "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    "LICENSE": b"MIT",
+    "original/notes.txt": b"stays",
+}
+
+
+@pytest.fixture(scope="module")
+def released(directory, tmp_path_factory):
+    """The directory with its company: (itself, what it becomes as Orbax, and back)."""
+    path = tmp_path_factory.mktemp("released")
+    shutil.copytree(directory, path / "src")
+    for name, content in COMPANY.items():
+        (path / "src" / name).parent.mkdir(exist_ok=True)
+        (path / "src" / name).write_bytes(content)
+    checkpoint.convert(path / "src", path / "orbax", "orbax", group_bytes=GROUP)
+    checkpoint.convert(path / "orbax", path / "back", "hf-original", shard_bytes=20_000)
+    return path / "src", path / "orbax", path / "back"
+
+
+def _contents(path, *but):
+    files = (file for file in path.rglob("*") if file.is_file() and file.name not in but)
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def test_a_conversion_from_storage_is_that_of_the_disk(released, tmp_path):
+    pytest.importorskip("aiohttp")
+    src, orbax, back = released
+    with _serving(src, _Ranges) as url:
+        # A worker opens the storage again.
+        checkpoint.convert(url, tmp_path / "orbax", "orbax", workers=2, group_bytes=GROUP)
+        assert len(list((tmp_path / "orbax" / "weights").iterdir())) == 2
+        assert not comparison.compare(url, tmp_path / "orbax").differences
+    checkpoint.convert(tmp_path / "orbax", tmp_path / "back", "hf-original", shard_bytes=20_000)
+    # The manifest names what it was made from, which is not the same; Orbax's own files hold times.
+    assert _contents(tmp_path / "back", "manifest.json") == _contents(back, "manifest.json")
+    index = json.loads((tmp_path / "orbax" / "hybrid_jax.json").read_text())
+    assert index == json.loads((orbax / "hybrid_jax.json").read_text())
+    travelled = {name: (tmp_path / "back" / name).read_bytes() for name in [*COMPANY][:-1]}
+    assert travelled == {name: COMPANY[name] for name in travelled}
+    assert not (tmp_path / "back" / "original").exists()
+
+
+def test_a_conversion_tells_one_version_of_a_file_from_the_next(memory, tmp_path):
+    url, filesystem, path = memory
+    filesystem.pipe_file(f"{path}/tokenizer.json", b"1")
+    checkpoint.convert(url, tmp_path / "dst", "orbax")
+    # The same once more is done already.
+    assert checkpoint.convert(url, tmp_path / "dst", "orbax", process=1, of=2).written == 0
+    filesystem.pipe_file(f"{path}/tokenizer.json", b"2")
+    with pytest.raises(ValueError, match=r"exists|not empty"):
+        checkpoint.convert(url, tmp_path / "dst", "orbax", process=1, of=2)
+
+
+def test_a_shard_that_changes_after_its_header_leaves_nothing_written(memory, tmp_path):
+    url, filesystem, path = memory
+    content = filesystem.cat_file(f"{path}/{SHARD}")
+
+    def replace(done, total, name):
+        filesystem.pipe_file(f"{path}/{SHARD}", content)
+
+    with pytest.raises(ValueError, match=rf"{SHARD} has changed since it was opened"):
+        checkpoint.convert(url, tmp_path / "dst", "orbax", progress=replace, group_bytes=4096)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_and_a_look_need_config_and_index_only(memory, capsys):
+    url, filesystem, path = memory
+    assert main(["inspect", url]) == 0
+    for file in filesystem.ls(path, detail=False):
+        if file.endswith(".safetensors"):
+            filesystem.rm(file)
+    assert main(["convert", url, "--format", "hf", "--dry-run"]) == 0
+    assert "stored tensors have their place" in capsys.readouterr().out
+    _index(lambda names: names.pop("lm_head.weight"))(filesystem, path)
+    assert main(["convert", url, "--format", "hf", "--dry-run"]) == 2
+    assert "lm_head.weight" in capsys.readouterr().err
+
+
+def test_a_destination_in_storage_is_refused(memory, tmp_path, directory):
+    with pytest.raises(ValueError, match="destination must be on a disk"):
+        checkpoint.convert(directory, "memory://bucket/dst", "orbax")
+    assert main(["verify", memory[0]]) == 2
+
+
+def test_long_tensors_come_in_pieces_and_short_ones_ahead(memory, monkeypatch):
+    url, filesystem, _ = memory
+    get, asked, lock = filesystem.cat_file, [], threading.Lock()
+    two = threading.Barrier(2, timeout=30)
+
+    def cat_file(path, start=None, end=None, **options):
+        with lock:
+            asked.append(end - start)
+            first = len(asked) <= 2
+        if first:
+            # Passed by two requests that are under way at once only.
+            two.wait()
+        return get(path, start, end, **options)
+
+    with contextlib.closing(HfDirectory(RemoteFolder(url))) as source:
+        whole = dict(source.read_many(source.tensors))
+        monkeypatch.setattr(filesystem, "cat_file", cat_file)
+        for pieces, ahead in ((100, 1), (1 << 24, 1 << 20)):
+            asked.clear()
+            monkeypatch.setattr(remote, "_PIECE_BYTES", pieces)
+            monkeypatch.setattr(remote, "AHEAD_BYTES", 8 * pieces)
+            monkeypatch.setattr(RemoteFile, "ahead_bytes", ahead)
+            for name, array in source.read_many(source.tensors):
+                assert array.tobytes() == whole[name].tobytes()
+            # Every byte once.
+            assert sum(asked) == sum(array.nbytes for array in whole.values())
+            assert max(asked) <= pieces

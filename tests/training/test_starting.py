@@ -3,7 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,16 +15,21 @@ import pytest
 
 import hybrid_jax
 from hybrid_jax import checkpoint, training
-from hybrid_jax.checkpoint import leaves
+from hybrid_jax.checkpoint import leaves, loading, parts
+from hybrid_jax.checkpoint.boxes import Box
+from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
 from hybrid_jax.config import training as t
 from hybrid_jax.config.layers import SoftmaxAttention
+from hybrid_jax.config.model import Dtypes
 from hybrid_jax.model.parallel import placement as placements
-from hybrid_jax.training import starting
+from hybrid_jax.training import fingerprint, starting
 from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import abstract_state, initial_state
+from tests.checkpoint import published
+from tests.checkpoint.test_memory import _write
 from tests.training import small
 
 
@@ -76,11 +85,16 @@ def test_weights_come_as_they_are_to_where_they_belong(base_config, base, mesh):
     longer = dataclasses.replace(base_config.model, pattern=(run,), max_positions=1 << 20)
     config = from_run(base_config, base, model=longer)
     state, origin, notes = begin(config, mesh)
+    # One that begins with the same elsewhere is told as such.
+    same = fingerprint.Fingerprint()
+    for name, array in stored(base_config, base).params.items():
+        same.add(name, array.shape, Box.whole(array.shape), np.asarray(array))
+    assert origin.digest == same.digest(state.params)
     assert_same(state.params, stored(base_config, base).params)
     assert int(state.step) == 0
     # Moments are new.
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 1)
-    assert origin.step == 2 and f"{base} at step 2 (xxh3-128 {origin.digest})" in notes
+    assert origin.step == 2 and f"{base} at step 2 (digest {origin.digest})" in notes
     assert [line.split(" =")[0] for line in origin.differences] == [
         "model.pattern[0].layer.mixer.rope_theta",
         "model.max_positions",
@@ -186,3 +200,70 @@ def test_a_mixture_tuned_by_lora_is_published_merged(tmp_path):
         state, origin, _ = begin(from_run(plain, tmp_path / directory))
         assert_same(state.params, expected)
         assert origin.step == step
+
+
+MEASURE = """
+import dataclasses, json, pathlib, sys, types
+from hybrid_jax.checkpoint import loading, parts
+from hybrid_jax.checkpoint.opened import open_checkpoint
+from hybrid_jax.config.model import Dtypes
+from hybrid_jax.config.start import Start
+from hybrid_jax.model.parallel import placement as placements
+from hybrid_jax.training import starting
+from hybrid_jax.training.parameters import Skeleton
+parts.PIECE_BYTES, loading.HOST_BYTES = 1 << 18, 0
+placement = placements.make("expert=2", "expert")
+def read(path):
+    with open_checkpoint(path) as checkpoint:
+        dtypes = Dtypes(parameters="bfloat16", compute="bfloat16")
+        model = dataclasses.replace(checkpoint.config, dtypes=dtypes)
+    config = types.SimpleNamespace(model=model)
+    return starting._read(config, Start(path=path), Skeleton(model), placement)[0]
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+# Libraries and compilers are there before the measurement.
+read(sys.argv[1])
+# The peak of a process begins with that of the one that started it: forget it.
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+params = read(sys.argv[2])
+held = sum(shard.data.nbytes for a in params.values() for shard in a.addressable_shards)
+print(json.dumps({"more": (status("VmHWM") - before) / 1024 - held * 2.0**-20,
+                  "stack": max(a.nbytes for a in params.values()) * 2.0**-20}))
+"""
+
+
+def test_no_parameter_is_put_together_in_host_memory(tmp_path, monkeypatch):
+    _write(tmp_path / "large", 2, 4)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(loading, "HOST_BYTES", 0)
+    with open_checkpoint(tmp_path / "large") as opened:
+        model = dataclasses.replace(opened.config, dtypes=Dtypes(parameters="bfloat16"))
+    config = from_run(small.small_run(model=model), tmp_path / "large")
+    assert config.start is not None
+    # Counts the memory of numpy and Python, not that of devices.
+    tracemalloc.start()
+    params = starting._read(config, config.start, Skeleton(model), None)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Nine pieces of 256 KiB ahead, each once more while it is turned, 2 MiB for what the digest
+    # widens, and what JAX keeps of its programs.
+    assert max(array.nbytes for array in params.values()) == 32 << 20
+    assert peak < 12 << 20, peak
+
+
+@pytest.mark.nightly
+def test_a_start_holds_a_few_pieces_and_never_a_stack(tmp_path):
+    config = published.original_config(num_local_experts=4)
+    tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))
+    _write(tmp_path / "large", 3, 8)
+    # A user's process: the tests' eight devices have threads and memory pools of their own.
+    plain = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", MEASURE, str(tiny), str(tmp_path / "large")]
+    result = subprocess.run(command, capture_output=True, text=True, env=plain)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    print(report)
+    # As in `test_loading.py`: pieces of eight threads, and XLA's programs.
+    assert report["more"] < 96 < report["stack"], report

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import stat
 import typing
 
@@ -22,6 +23,8 @@ class File(typing.Protocol):
     """Bytes."""
     gap_bytes: int
     """Bytes that are better read in vain than skipped by another read."""
+    ahead_bytes: int
+    """How much to ask for before it is needed."""
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """Fill `target` from `offset` on; how many bytes were there.
@@ -39,14 +42,23 @@ class File(typing.Protocol):
 class Folder(typing.Protocol):
     """A directory with files of a checkpoint; `str` of it is for messages."""
 
-    def names(self) -> list[str]:
-        """Of its files, sorted."""
+    def names(self, part: str = "") -> list[str]:
+        """Of its files, or of those in one of its folders, sorted; none if there is no such one."""
+
+    def below(self, part: str = "") -> list[str]:
+        """Of all files in it and in its folders, or in `part` of it, but for hidden folders."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
 
     def read_bytes(self, name: str) -> bytes:
         """All of a small file. Raises FileNotFoundError, another OSError, or ValueError."""
+
+    def copy(self, name: str, target: pathlib.Path) -> None:
+        """Copy a file to a path on this machine. Raises OSError, or ValueError as `open` does."""
+
+    def state(self, name: str) -> list:
+        """[bytes, what else tells a file from its next version], for JSON; [-1] without a file."""
 
     def open(self, name: str) -> File:
         """A file to read ranges of. Raises ValueError for one that lies elsewhere."""
@@ -63,6 +75,8 @@ class LocalFile:
     """
 
     gap_bytes = GAP_BYTES
+    # The kernel reads ahead.
+    ahead_bytes = 0
 
     def __init__(self, path: pathlib.Path):
         self.name = str(path)
@@ -108,9 +122,21 @@ class LocalFolder:
     def __init__(self, path):
         self.path = pathlib.Path(path)
 
-    def names(self) -> list[str]:
+    def names(self, part: str = "") -> list[str]:
         """Of its files and links, sorted."""
-        return sorted(p.name for p in self.path.iterdir() if p.is_file() or p.is_symlink())
+        place = self.path / part
+        if part and not place.is_dir():
+            return []
+        return sorted(p.name for p in place.iterdir() if p.is_file() or p.is_symlink())
+
+    def below(self, part: str = "") -> list[str]:
+        """Of all files and links in it and in its folders; links to folders are not followed."""
+        found = []
+        for place, folders, names in os.walk(self.path / part):
+            # The Hub's client keeps records of its own in such folders.
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            found += [pathlib.Path(place, name).relative_to(self.path).as_posix() for name in names]
+        return sorted(found)
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -123,6 +149,18 @@ class LocalFolder:
         path = inside(self.path, name)
         check_small(str(path), _state(path).st_size)
         return path.read_bytes()
+
+    def copy(self, name: str, target: pathlib.Path) -> None:
+        """Copy a file, unless it lies outside."""
+        shutil.copyfile(inside(self.path, name), target)
+
+    def state(self, name: str) -> list:
+        """[bytes, nanoseconds of the last change]; [-1] for a link to nothing."""
+        try:
+            found = os.stat(self.path / name)
+        except OSError:
+            return [-1]
+        return [found.st_size, found.st_mtime_ns]
 
     def open(self, name: str) -> LocalFile:
         """A file to read ranges of."""

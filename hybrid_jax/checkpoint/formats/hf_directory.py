@@ -1,5 +1,6 @@
 """A Hugging Face directory: safetensors in one file or in shards that an index names."""
 
+import collections
 import concurrent.futures
 import json
 import os
@@ -63,10 +64,13 @@ class HfDirectory:
         return self._files[self._file_of[name]].read_part(name, shape, part)
 
     def read_many(self, names):
-        """The named tensors one after the other."""
-        for name in names:
-            yield name, self.read(name)
-        self.check_unchanged()
+        """The named tensors one after the other; from storage, some are asked for ahead."""
+        names = list(names)
+        ahead = max((file.ahead_bytes for file in self._files.values()), default=0)
+        yield from self._read_ahead(names, ahead) if ahead else ((n, self.read(n)) for n in names)
+        # Asking costs a request there: for the files that were read, and no others.
+        read = {self._file_of[name] for name in names} if ahead else set(self._files)
+        _check_unchanged([self._files[name] for name in read])
 
     def locate(self, name: str) -> str:
         """Path of the file that holds a tensor."""
@@ -74,13 +78,33 @@ class HfDirectory:
 
     def check_unchanged(self) -> None:
         """ValueError if a file is not as it was when it was opened."""
-        with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
-            list(pool.map(SafetensorsFile.check_unchanged, self._files.values()))
+        _check_unchanged(self._files.values())
 
     def close(self) -> None:
         """Release all files."""
         for file in self._files.values():
             file.close()
+
+    def _read_ahead(self, names: list[str], most_bytes: int):
+        """With so many bytes at once under way or waiting, or one tensor that is larger."""
+        left, sizes = collections.deque(names), self.tensors
+        ahead: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+        held = 0
+        with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+            try:
+                while left or ahead:
+                    while left and (not ahead or held + sizes[left[0]].nbytes <= most_bytes):
+                        name = left.popleft()
+                        held += sizes[name].nbytes
+                        ahead.append((name, pool.submit(self.read, name)))
+                    name, future = ahead.popleft()
+                    held -= sizes[name].nbytes
+                    yield name, future.result()
+                    # Or it would be kept until the next one has come.
+                    del future
+            finally:
+                for _, future in ahead:
+                    future.cancel()
 
     def _open(self, names: list[str]) -> None:
         def one(name: str) -> None:
@@ -112,6 +136,11 @@ class HfDirectory:
                 raise ValueError(
                     f"{self.folder.where(name)} holds {tensor!r}, which {index} does not name."
                 )
+
+
+def _check_unchanged(files) -> None:
+    with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+        list(pool.map(SafetensorsFile.check_unchanged, files))
 
 
 def read_index(folder: Folder) -> dict[str, str] | None:

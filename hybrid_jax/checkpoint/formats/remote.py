@@ -1,6 +1,8 @@
 """Files and folders of a checkpoint in object storage, read in ranges through fsspec."""
 
+import concurrent.futures
 import os
+import pathlib
 import posixpath
 import re
 
@@ -8,6 +10,9 @@ from hybrid_jax.checkpoint.formats import files
 
 # A request takes tens of milliseconds, in which a connection delivers this much.
 GAP_BYTES = 1 << 20
+# Enough in flight for a fast network; a longer range is cut into pieces, which come at once.
+AHEAD_BYTES = 1 << 27
+_PIECE_BYTES = 1 << 24
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
@@ -17,23 +22,41 @@ def is_remote(path) -> bool:
 
 
 class RemoteFile:
-    """One object; each range is a request of its own."""
+    """One object; each range is a request of its own, long ones are several at once."""
 
     gap_bytes = GAP_BYTES
+    ahead_bytes = AHEAD_BYTES
 
     def __init__(self, filesystem, path: str, name: str):
         self.name = name
         self._filesystem, self._path = filesystem, path
-        self._identity = self._facts()
-        if not self._identity.get("size", "").isdigit():
+        self._identity = _state(filesystem, path)
+        self.size = self._identity[0]
+        if self.size < 0:
             raise ValueError(f"{name}: the server does not say how long it is. Copy it to a disk.")
-        self.size = int(self._identity["size"])
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """Fill `target` from `offset` on; how many bytes were there."""
         end = min(offset + len(target), self.size)
         if offset >= end:
             return 0
+        begins = range(offset, end, _PIECE_BYTES)
+        if len(begins) == 1:
+            return self._fetch(offset, end, target)
+
+        def piece(begin: int) -> int:
+            last = min(begin + _PIECE_BYTES, end)
+            return self._fetch(begin, last, target[begin - offset : last - offset])
+
+        done = 0
+        with concurrent.futures.ThreadPoolExecutor(AHEAD_BYTES // _PIECE_BYTES) as pool:
+            for begin, got in zip(begins, pool.map(piece, begins), strict=True):
+                # Only what comes without a hole counts.
+                if done == begin - offset:
+                    done += got
+        return done
+
+    def _fetch(self, offset: int, end: int, target: memoryview) -> int:
         data = self._filesystem.cat_file(self._path, start=offset, end=end)
         if len(data) > end - offset:
             raise ValueError(
@@ -45,9 +68,10 @@ class RemoteFile:
 
     def check_unchanged(self) -> None:
         """ValueError if the object is another one than when it was opened."""
+        # Listings are kept, and would show it as it was.
         self._filesystem.invalidate_cache()
         try:
-            now = self._facts()
+            now = _state(self._filesystem, self._path)
         except OSError:
             now = None
         if now != self._identity:
@@ -58,13 +82,6 @@ class RemoteFile:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _facts(self) -> dict:
-        # What a store calls the version of an object: names differ, and none has all.
-        versions = ("ETag", "etag", "generation", "blob_id")
-        times = ("LastModified", "last_modified", "mtime", "updated", "created")
-        found = self._filesystem.info(self._path)
-        return {name: str(found[name]) for name in ("size", *versions, *times) if name in found}
-
 
 class RemoteFolder:
     """All objects whose name begins with the folder's; there are no links."""
@@ -72,16 +89,31 @@ class RemoteFolder:
     def __init__(self, path):
         self._name = os.fspath(path).rstrip("/")
         self._filesystem, self._path = _open(self._name)
+        # What another folder of this process was told may be long ago.
+        self._filesystem.invalidate_cache()
 
-    def names(self) -> list[str]:
+    def names(self, part: str = "") -> list[str]:
         """Of its objects, sorted."""
         try:
-            found = self._filesystem.ls(self._path, detail=True)
+            found = self._filesystem.ls(self._inner(part), detail=True)
         except FileNotFoundError as error:
+            if part:
+                return []
             raise ValueError(
                 f"{self._name} does not exist; expected a checkpoint directory."
             ) from error
-        return sorted(posixpath.basename(e["name"]) for e in found if e["type"] != "directory")
+        names = (posixpath.basename(e["name"]) for e in found if e["type"] != "directory")
+        # Without a name a store keeps a folder; with a question a web server sorts its page.
+        return sorted(name for name in names if name and "?" not in name)
+
+    def below(self, part: str = "") -> list[str]:
+        """Of the objects in it and in its folders, but not in theirs."""
+        folders = [part]
+        for entry in self._filesystem.ls(self._inner(part), detail=True):
+            name = posixpath.basename(entry["name"].rstrip("/"))
+            if entry["type"] == "directory" and not name.startswith("."):
+                folders.append(posixpath.join(part, name))
+        return sorted(posixpath.join(f, name) for f in folders for name in self.names(f))
 
     def has(self, name: str) -> bool:
         """Whether there is such an object."""
@@ -92,6 +124,17 @@ class RemoteFolder:
         size = self._filesystem.info(self._inner(name))["size"]
         files.check_small(self.where(name), int(size))
         return self._filesystem.cat_file(self._inner(name))
+
+    def copy(self, name: str, target: pathlib.Path) -> None:
+        """Fetch an object."""
+        self._filesystem.get_file(self._inner(name), str(target))
+
+    def state(self, name: str) -> list:
+        """[bytes, version or time] of an object; [-1] if it has gone."""
+        try:
+            return _state(self._filesystem, self._inner(name))
+        except FileNotFoundError:
+            return [-1]
 
     def open(self, name: str) -> RemoteFile:
         """An object to read ranges of."""
@@ -105,7 +148,19 @@ class RemoteFolder:
         return self._name
 
     def _inner(self, name: str) -> str:
-        return f"{self._path}/{name}"
+        return f"{self._path}/{name}" if name else self._path
+
+
+def _state(filesystem, path: str) -> list:
+    """[bytes or -1, version or time]: of what tells an object from its next version."""
+    found = filesystem.info(path)
+    # Names differ, and no store has all.
+    versions = ("ETag", "etag", "generation", "blob_id", "Content-MD5", "Digest")
+    times = ("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
+    size = str(found.get("size"))
+    # A time only without a version: S3 gives it to the second for an object, and finer in a list.
+    told = [name for name in versions if found.get(name)] or [n for n in times if found.get(n)]
+    return [int(size) if size.isdigit() else -1, {name: str(found[name]) for name in told}]
 
 
 def _open(name: str):

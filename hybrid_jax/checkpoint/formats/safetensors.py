@@ -37,8 +37,10 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as a writable array of its stored dtype."""
-        shape = self.tensors[name].shape
-        return self.read_part(name, shape, Box.whole(shape))
+        info = self.tensors[name]
+        values = np.empty(info.shape, DTYPES[info.dtype])
+        self._read_into(name, 0, values.reshape(-1).view(np.uint8).data)
+        return values
 
     def read_part(self, name: str, shape: tuple[int, ...], part: Box) -> np.ndarray:
         """A part of one tensor, seen in `shape` (of as many values), in memory of its own.
@@ -57,6 +59,11 @@ class SafetensorsFile:
                 self._read_into(name, offset, span.data)
                 values[where] = np.ndarray(wanted, dtype, span.data, strides=strides)
         return values.reshape(part.shape)
+
+    @property
+    def ahead_bytes(self) -> int:
+        """How much to ask for before it is needed."""
+        return self._file.ahead_bytes
 
     def check_unchanged(self) -> None:
         """ValueError if the file is not as it was when it was opened."""

@@ -4,7 +4,6 @@ from hybrid_jax.checkpoint.hf_config.dialects import Description as Description
 from hybrid_jax.checkpoint.hf_config.dialects import describe as describe
 from hybrid_jax.checkpoint.hf_config.dialects import prefix as prefix
 from hybrid_jax.checkpoint.hf_config.dialects import read_from as read_from
-from hybrid_jax.checkpoint.hf_config.dialects import read_json as read_json
 from hybrid_jax.checkpoint.hf_config.dialects import with_dtype as with_dtype
 from hybrid_jax.checkpoint.hf_config.dialects import with_fp8 as with_fp8
 from hybrid_jax.checkpoint.hf_config.dialects import write as write

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import pathlib
 
 from hybrid_jax.checkpoint import fp8
-from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
+from hybrid_jax.checkpoint.formats.files import Folder
 from hybrid_jax.checkpoint.hf_config import m2, native, original
 from hybrid_jax.checkpoint.hf_config.fields import CARRIED, Fields
 from hybrid_jax.config import layers, model
@@ -54,14 +53,8 @@ class Description:
         return self.language.get("block_size") or native.BLOCK_SIZE
 
 
-def read_json(path) -> dict:
-    """A JSON object from a file; ValueError names the file if it is missing or something else."""
-    path = pathlib.Path(path)
-    return read_from(LocalFolder(path.parent), path.name)
-
-
 def read_from(folder: Folder, name: str) -> dict:
-    """`read_json` of a file in a folder of any kind."""
+    """A JSON object from a file; ValueError names the file if it is missing or something else."""
     path = folder.where(name)
     try:
         raw = folder.read_bytes(name)
