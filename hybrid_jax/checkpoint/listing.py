@@ -7,7 +7,7 @@ import pathlib
 from hybrid_jax.checkpoint import manifest
 from hybrid_jax.checkpoint.formats import orbax, training_run
 from hybrid_jax.checkpoint.formats.files import LocalFolder
-from hybrid_jax.checkpoint.formats.hf_directory import read_index
+from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, read_index
 from hybrid_jax.checkpoint.formats.links import inside
 from hybrid_jax.checkpoint.formats.protocol import TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
@@ -62,13 +62,14 @@ def of_directory(path, step: int | None = None) -> Listing:
 
 
 def _hugging_face(path: pathlib.Path) -> Listing:
-    found = Listing(path, HUGGING_FACE, "published")
+    found, folder = Listing(path, HUGGING_FACE, "published"), LocalFolder(path)
     try:
-        weight_map = read_index(LocalFolder(path))
+        weight_map = read_index(folder)
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
         weight_map = None
-    here = sorted(file.name for file in path.glob("*.safetensors"))
+    there = folder.names()
+    here = [name for name in there if name.endswith(SUFFIX)]
     if weight_map is None:
         _without_index(found, here)
         return found
@@ -76,7 +77,7 @@ def _hugging_face(path: pathlib.Path) -> Listing:
     found.tensors = dict.fromkeys(weight_map)
     found.files = dict(weight_map)
     for name in sorted(set(weight_map.values())):
-        if (path / name).exists() or (path / name).is_symlink():
+        if name in there:
             _add_indexed(found, name)
         else:
             found.absent.append(name)

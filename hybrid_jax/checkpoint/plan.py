@@ -87,6 +87,8 @@ def make(
         for info in checkpoint.source.tensors.values()
         if info.name in left
     }
+    if format == "orbax":
+        _check_not_empty(copies)
     targets = _targets(checkpoint, format)
     outputs = copies
     if any(name not in targets for name in checkpoint.rules):
@@ -142,6 +144,15 @@ def _recut(checkpoint, copies, targets, dtype) -> dict[str, list[Output]]:
         outputs[stored.name] += _cast(info, checkpoint, dtype, None if same else target)
     # In the order in which reading is cheapest.
     return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
+
+
+def _check_not_empty(copies: dict[str, list[Output]]) -> None:
+    for name, (output, *_) in copies.items():
+        if 0 in output.info.shape:
+            raise ValueError(
+                f"Tensor {name!r} of shape {list(output.info.shape)} has no values, and Orbax "
+                "cannot hold it. Convert to `hf` or `hf-original` instead."
+            )
 
 
 def _check_fp8(checkpoint: Checkpoint, format: str) -> None:

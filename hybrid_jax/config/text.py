@@ -8,6 +8,9 @@ import typing
 
 import yaml
 
+# A config of hundreds of different layers has some hundred kilobytes.
+_MAX_BYTES = 10_000_000
+
 
 def near_names(name: str, known) -> str:
     """' Did you mean ...?' with the closest of `known`, or '' if nothing is near."""
@@ -46,8 +49,11 @@ def write_yaml(config, path) -> None:
 
 def read_yaml(cls, path):
     """A config from a YAML file; ValueError names the file and what is wrong in it."""
+    path = pathlib.Path(path)
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{path} is {size} bytes long; expected a config of {_MAX_BYTES} at most.")
     try:
-        tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     try:

@@ -286,6 +286,23 @@ def test_a_damaged_orbax_directory_is_refused_by_name(tmp_path):
             convert(tmp_path / "o", tmp_path / "dst", "hf")
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3)])
+def test_a_tensor_without_dims_survives_orbax_and_one_without_values_is_refused(tmp_path, shape):
+    config, extra = m2_config(), "model.layers.2.x"
+    tensors = published.tensors(config) | {extra: np.ones((1, *shape), np.float32)[0]}
+    source = published.write_directory(tmp_path / "src", config, tensors)
+    convert_to = lambda src, dst, format: convert(tmp_path / src, tmp_path / dst, format)
+    if 0 in shape:
+        with pytest.raises(ValueError, match=rf"'{extra}' of shape \[0, 3\] has no values"):
+            convert_to("src", "dst", "orbax")
+        assert os.listdir(tmp_path) == ["src"]
+        return
+    convert_to("src", "dst", "orbax")
+    convert_to("dst", "back", "hf-original")
+    assert published.read_directory(tmp_path / "back") == published.read_directory(source)
+    assert published.read_directory(source)[extra][1] == ()
+
+
 def test_an_existing_destination_is_kept_unless_it_may_be_replaced(tmp_path):
     config, tensors = _original()
     source = published.write_directory(tmp_path / "src", config, tensors)
@@ -305,6 +322,12 @@ def test_an_existing_destination_is_kept_unless_it_may_be_replaced(tmp_path):
     for inside in (source, source / "x", tmp_path):
         with pytest.raises(ValueError, match="must be apart"):
             convert(source, inside, "hf", overwrite=True)
+    # What lies in these places is removed as what an earlier attempt has left.
+    for name in (".dst.draft", ".dst.draft-0"):
+        source = source.rename(tmp_path / name)
+        with pytest.raises(ValueError, match=r"lies where the work on .* would lie"):
+            convert(source, tmp_path / "dst", "hf", overwrite=True)
+    assert len(os.listdir(source)) == 2
 
 
 def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path, capsys):
@@ -313,6 +336,16 @@ def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path, capsys):
     for paths, what in ((("", "q"), "source"), (("q", ""), "destination")):
         assert cli.main(["convert", *paths, "--format", "hf"]) == 2
         assert f"The {what} must be a directory; got an empty path" in capsys.readouterr().err
+    assert cli.main(["convert", "x", "\udcff", "--format", "hf"]) == 2
+    assert "name must be UTF-8" in capsys.readouterr().err
+    for option, bad in (
+        *(("--shard-gb", value) for value in ("0", "-1", "nan", "inf", "1e300")),
+        # Lists that long would fill the memory.
+        *(("--workers", value) for value in ("0", "1000000000")),
+        ("--process=0", "--of=1000000000"),
+    ):
+        assert cli.main(["convert", "x", "q", "--format", "hf", option, bad]) == 2
+        assert f"{option.lstrip('-').split('=')[0]} must be" in capsys.readouterr().err
     for source, format, dtype, message in (
         ("x", "hf-orignal", None, "no format 'hf-orignal'.*'hf-original'"),
         ("x", "hf", "int8", "dtype must be one of float32, bfloat16"),
