@@ -199,7 +199,8 @@ def rope(fields: Fields, head_dim: int, default_rotary_dim: int) -> tuple[float,
             fields.fail(name, "absent or of rope_type 'default'", mapping)
     nested = Fields(inner, f"{fields.where}: rope_parameters", {"rope_type", "type"})
     thetas = {fields.number("rope_theta", None), nested.number("rope_theta", None)} - {None}
-    dims = {_rotary_dim(fields), _rotated(fields, head_dim), _rotated(nested, head_dim)} - {None}
+    given = _rotary_dim(fields), _rotated(fields, head_dim), _rotated(nested, head_dim)
+    dims = {dim for dim in given if dim is not None}
     nested.finish()
     if not thetas:
         raise ValueError(
