@@ -60,9 +60,8 @@ def convert(
     in `.DST.draft` beside `dst`. A source that is bad leaves nothing.
 
     Args:
-        src: Hugging Face directory (released names, transformers' `minimax`, M2; bf16 or FP8; one
-            file or shards), Orbax as written by this package, or a training run, of which the
-            newest good checkpoint is taken; what LoRA learnt is merged in.
+        src: Hugging Face directory (bf16 or FP8; one file or shards), Orbax as written by this
+            package, or a training run: its newest good checkpoint, with what LoRA learnt merged in.
         dst: Appears whole at the end, with the manifest of what was written, or not at all.
         format: `orbax`; `hf`, as transformers writes it, decay tables included; `hf-original`, as
             MiniMax released it.
@@ -91,15 +90,13 @@ def convert(
     )
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
-        with drafts.begin(
-            dst, work.origin, work.prepare, note, process=process, of=of, overwrite=overwrite
-        ) as draft:
+        me = {"process": process, "of": of}
+        with drafts.begin(dst, work.origin, work.prepare, note, overwrite=overwrite, **me) as draft:
             written, peak = _write(work, draft, (process, of), workers, progress, note)
             if draft is not None and process == 0:
                 draft.finish(work.layout, note, overwrite=overwrite)
-    infos, seconds = work.plan.infos, time.perf_counter() - start
-    is_complete, total = draft is None or process == 0, sum(info.nbytes for info in infos)
-    return Summary(len(infos), total, written, is_complete, seconds, peak)
+    sizes, seconds = [info.nbytes for info in work.plan.infos], time.perf_counter() - start
+    return Summary(len(sizes), sum(sizes), written, not draft or process == 0, seconds, peak)
 
 
 def check_format(format: str) -> None:
