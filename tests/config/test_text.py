@@ -76,6 +76,15 @@ def test_an_endless_config_is_not_read(tmp_path):
         text.read_yaml(model.ModelConfig, path)
 
 
+def test_a_list_of_lists_of_lists_is_told_in_short():
+    bomb: list = ["x"] * 10
+    for _ in range(12):
+        bomb = [bomb] * 10
+    with pytest.raises(ValueError, match="vocab_size must be") as caught:
+        text.from_dict(model.ModelConfig, _nano_with(lambda t: t.update(vocab_size=bomb)))
+    assert len(str(caught.value)) < 5000
+
+
 def test_folding_finds_the_shortest_pattern():
     config = presets.get("nano")
     lightning, softmax = config.layers[0], config.layers[-1]
