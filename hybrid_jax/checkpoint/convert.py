@@ -17,6 +17,8 @@ from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.config import text
 
 FORMATS = ("orbax", "hf", "hf-original", "hf-vl-01")
+# More are somebody's slip.
+_MOST_PROCESSES = 1024
 
 
 class Summary(typing.NamedTuple):
@@ -86,14 +88,13 @@ def convert(
     job = conversions.Job(folders.absolute(src), format, dtype, check_finite, *sizes, language_only)
     with open_checkpoint(src) as checkpoint:
         work = conversions.Conversion(job, checkpoint)
-        with drafts.begin(
-            dst, work.origin, work.prepare, note, process=process, of=of, overwrite=overwrite
-        ) as draft:
+        me = {"process": process, "of": of}
+        with drafts.begin(dst, work.origin, work.prepare, note, overwrite=overwrite, **me) as draft:
             written, peak = _write(work, draft, (process, of), workers, progress, note)
             if draft is not None and process == 0:
                 draft.finish(work.layout, note, overwrite=overwrite)
     sizes, seconds = [info.nbytes for info in work.plan.infos], time.perf_counter() - start
-    return Summary(len(sizes), sum(sizes), written, draft is None or process == 0, seconds, peak)
+    return Summary(len(sizes), sum(sizes), written, not draft or process == 0, seconds, peak)
 
 
 def check_format(format: str) -> None:
@@ -149,19 +150,30 @@ def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:
             raise ValueError(f"The {what} must be a directory; got an empty path.")
     if is_remote(dst):
         raise ValueError(f"The destination must be on a disk; got {dst}. Copy it there afterwards.")
+    try:
+        os.fspath(dst).encode()
+    except UnicodeEncodeError as error:
+        # Orbax cannot write there, and no manifest could be read by others.
+        raise ValueError(f"The destination's name must be UTF-8; got {str(dst)!r}.") from error
     if is_remote(src):
         return
     # Not Path.resolve, which raises where links run in a circle.
     src, dst = (pathlib.Path(os.path.realpath(path)) for path in (src, dst))
     if src == dst or src in dst.parents or dst in src.parents:
         raise ValueError(f"Source {src} and destination {dst} must be apart; one holds the other.")
+    work = drafts.place(dst)
+    for place in (src, *src.parents):
+        if place.parent == work.parent and place.name.startswith(work.name):
+            raise ValueError(
+                f"Source {src} lies where the work on {dst} would lie. Choose another destination."
+            )
 
 
 def _check_counts(workers: int, process: int, of: int) -> None:
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1; got {workers}.")
-    if not 0 <= process < of:
+    if not 1 <= workers <= _MOST_PROCESSES:
+        raise ValueError(f"workers must be from 1 to {_MOST_PROCESSES}; got {workers}.")
+    if not 0 <= process < of <= _MOST_PROCESSES:
         raise ValueError(
-            f"process must be a number from 0 to below `of`, how many there are; got {process} of "
-            f"{of}."
+            f"process must be a number from 0 to below `of`, how many there are, at most "
+            f"{_MOST_PROCESSES}; got {process} of {of}."
         )

@@ -125,13 +125,24 @@ def to_json(arrays: Mapping[str, Array]) -> dict:
 def from_json(arrays: Mapping[str, Any]) -> dict[str, Array]:
     """The inverse of `to_json`. Raises KeyError or TypeError for what it did not make."""
 
-    def shard(found) -> Shard:
-        return Shard(tuple(found["begin"]), tuple(found["shape"]), found["digest"])
+    def sizes(found, dims: int | None = None) -> tuple[int, ...]:
+        if not all(type(size) is int and size >= 0 for size in found) or dims not in (
+            None,
+            len(found),
+        ):
+            raise TypeError(f"{found!r:.200} is no place or shape")
+        return tuple(found)
 
-    return {
-        name: Array(tuple(found["shape"]), found["dtype"], tuple(map(shard, found["shards"])))
-        for name, found in arrays.items()
-    }
+    def shard(found, dims: int) -> Shard:
+        return Shard(sizes(found["begin"], dims), sizes(found["shape"], dims), found["digest"])
+
+    def array(found) -> Array:
+        shape = sizes(found["shape"])
+        return Array(
+            shape, found["dtype"], tuple(shard(each, len(shape)) for each in found["shards"])
+        )
+
+    return {name: array(found) for name, found in arrays.items()}
 
 
 def check(wanted: Mapping[str, Array], arrays: Mapping[str, jax.Array]) -> list[str]:

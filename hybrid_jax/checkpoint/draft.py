@@ -78,8 +78,9 @@ class Draft:
         except ValueError as error:
             # The source is not to blame, and the work not lost.
             raise FileExistsError(str(error)) from error
-        atomic.replace(self.content, self.dst)
-        self._remove()
+        with _alone(self.dst.parent):
+            atomic.replace(self.content, self.dst)
+            self._remove()
 
     def _wait(self, layout: protocol.Layout, note: Callable[[str], None]) -> None:
         """Until every unit is there. Raises OSError if another process ends with an error."""
@@ -120,25 +121,32 @@ class Draft:
 
     def _open(self, prepare: Callable[[pathlib.Path], None]) -> None:
         """Make the draft, or find that it is there."""
-        new = self._aside
+        new, known = self._aside, self.work / _CONVERSION
         shutil.rmtree(new, ignore_errors=True)
-        if self.work.is_dir() and not self.content.is_dir():
-            # Killed when all was done, or nothing.
+        if known.is_file() and not self.content.is_dir():
+            # Killed when all was done.
             self._remove()
-        if not (self.work / _CONVERSION).is_file():
+        if not known.is_file():
             try:
                 (new / "content").mkdir(parents=True)
                 (new / "units").mkdir()
                 prepare(new / "content")
                 text = json.dumps(dict(self._origin.parts), indent=1) + "\n"
-                atomic.write_text(new / _CONVERSION, text)
+                atomic.write_text(new / known.name, text)
                 # Another process may have been faster; a name that holds files is not given twice.
                 with contextlib.suppress(OSError):
                     os.rename(new, self.work)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-        there = Origin(json.loads((self.work / _CONVERSION).read_text(encoding="utf-8")))
-        if different := self._origin.differences(there):
+        try:
+            there = Origin(json.loads(known.read_text(encoding="utf-8")))
+            different = self._origin.differences(there)
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.work} is no unfinished conversion ({error}), and one must lie there. "
+                "Remove it, or choose another destination."
+            ) from error
+        if different:
             raise ValueError(
                 f"{self.work} holds an unfinished conversion with other contents: not the same "
                 f"{' and '.join(different)}. Go on as it was begun, or remove it: "
@@ -261,7 +269,8 @@ def begin(
     made = atomic.make(dst.parent)
     try:
         draft = Draft(dst, origin, process, of)
-        draft._open(prepare)
+        with _alone(dst.parent):
+            draft._open(prepare)
         draft._check_others()
         lock = draft._lock(process)
     except BaseException:
@@ -278,6 +287,22 @@ def begin(
         draft._leave(error, note)
         atomic.unmake(made)
         raise
+
+
+@contextlib.contextmanager
+def _alone(directory: pathlib.Path):
+    """Meanwhile nobody else begins or ends a conversion into this directory.
+
+    Two that call themselves the same process would mix up what they prepare. Without locks, on some
+    network file systems, they may.
+    """
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _is_done(dst: pathlib.Path, origin: Origin) -> bool:

@@ -25,21 +25,31 @@ def block_size(config: dict, where: str) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not isinstance(quantization, dict):
+        raise ValueError(
+            f"{where}: quantization_config must be a mapping; got {quantization!r:.200}."
+        )
+    method = quantization.get("quant_method")
     if method != "fp8":
         raise ValueError(
-            f"{where}: quantization_config has quant_method {method!r}; readable is 'fp8' with "
-            "blocks and a weight_scale_inv beside each weight."
+            f"{where}: quantization_config has quant_method {method!r:.200}; readable is 'fp8' "
+            "with blocks and a weight_scale_inv beside each weight."
         )
     block = quantization.get("weight_block_size")
     if (
         not isinstance(block, list)
         or len(block) != 2
-        or any(type(size) is not int or size <= 0 for size in block)
+        or any(type(size) is not int or not 0 < size < 1 << 31 for size in block)
     ):
         raise ValueError(
             f"{where}: quantization_config.weight_block_size must be two positive whole numbers; "
-            f"got {block!r}."
+            f"got {block!r:.200}."
+        )
+    kept = quantization.get("modules_to_not_convert")
+    if kept is not None and not isinstance(kept, list):
+        raise ValueError(
+            f"{where}: quantization_config.modules_to_not_convert must be a list of names; got "
+            f"{kept!r:.200}."
         )
     return block[0], block[1]
 

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Callable, Mapping
 
 import xxhash
 
 from hybrid_jax.checkpoint import atomic, digests, faults
 from hybrid_jax.checkpoint.digests import Array, Damaged
+from hybrid_jax.checkpoint.formats.files import check_small
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -25,6 +27,8 @@ _FORMAT = 1
 _BLOCK = 1 << 18
 # Hashing and reading give up the GIL.
 _THREADS = 4
+# Of 96,103 tensors, as M2 has: 40 MB, and some hundreds if many processes saved parts of each.
+MAX_BYTES = 1 << 29
 
 
 # Size in bytes and xxh3-128 by path below the directory, with '/'.
@@ -87,6 +91,7 @@ def read(directory) -> Manifest:
             f"{path.parent} has no {NAME}: its writer did not finish, or wrote none."
         )
     try:
+        check_small(path.name, path.stat().st_size, MAX_BYTES)
         text = path.read_bytes()
         body = json.loads(text)
         if body.pop("sha256") != _own_digest(body):
@@ -97,7 +102,7 @@ def read(directory) -> Manifest:
             raise ValueError("it says the same in another form")
         return _parse(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{path} is damaged: {error}.") from error
+        raise Damaged(f"{path} is damaged: {str(error).rstrip('.')}.") from error
 
 
 def verify(
@@ -222,6 +227,9 @@ def _hash(directory: pathlib.Path, names: list[str]) -> dict[str, tuple[int, str
 def _hash_file(path: pathlib.Path, progress=lambda count: None) -> tuple[int, str]:
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_BLOCK))
+    # Opening a pipe waits for ever, and a device may never end.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is a device or a pipe; expected a file. Remove it.")
     # Not mapped to memory: a block that the disk cannot read would kill the process.
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):

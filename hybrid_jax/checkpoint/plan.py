@@ -91,6 +91,8 @@ def make(
             info = dataclasses.replace(stored, name=names[stored.name])
             copied = [Output(info)] if stored.name in derived else _cast(info, dtype)
             copies[stored.name] = copied
+    if format == "orbax":
+        _check_not_empty(copies)
     targets = _targets(checkpoint, format, names)
     outputs = copies
     if any(names[name] not in targets for name in checkpoint.rules):
@@ -155,6 +157,15 @@ def _recut(checkpoint, copies, targets, names, dtype) -> dict[str, list[Output]]
         outputs[stored.name] += _cast(info, dtype, None if same else target)
     # In the order in which reading is cheapest.
     return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
+
+
+def _check_not_empty(copies: dict[str, list[Output]]) -> None:
+    for name, (output, *_) in copies.items():
+        if 0 in output.info.shape:
+            raise ValueError(
+                f"Tensor {name!r} of shape {list(output.info.shape)} has no values, and Orbax "
+                "cannot hold it. Convert to `hf` or `hf-original` instead."
+            )
 
 
 def _check_fp8(checkpoint: Checkpoint, format: str) -> None:

@@ -1,6 +1,7 @@
 """Read every byte of a checkpoint again: checksums, names, shapes, dtypes and finiteness."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -12,6 +13,7 @@ import xxhash
 
 from hybrid_jax.checkpoint import digests, finite, inspection, listing, manifest
 from hybrid_jax.checkpoint.digests import Array
+from hybrid_jax.checkpoint.formats.links import inside
 from hybrid_jax.checkpoint.formats.orbax import OrbaxDirectory
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, Source, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors import SafetensorsFile
@@ -111,7 +113,7 @@ def _safetensors(path, found: inspection.Inspection, known, result: Reread, prog
 
     def one(name: str):
         try:
-            return _read_file(path / name, derived, progress)
+            return _read_file(inside(path, name), derived, progress)
         except (ValueError, OSError) as error:
             # Headers that cannot be read are among the problems already, in the same words.
             return None, {}, [str(error)], 0
@@ -119,10 +121,10 @@ def _safetensors(path, found: inspection.Inspection, known, result: Reread, prog
     hashed: dict = {}
     arrays: dict = {}
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for name, (digest, inside, wrong, count) in zip(names, pool.map(one, names)):
+        for name, (digest, described, wrong, count) in zip(names, pool.map(one, names)):
             result.bytes += count
             result.problems += wrong
-            arrays |= inside
+            arrays |= described
             if digest is not None:
                 hashed[name] = count, digest
     result.files = len(hashed)
@@ -132,14 +134,14 @@ def _safetensors(path, found: inspection.Inspection, known, result: Reread, prog
 
 def _read_file(place: pathlib.Path, derived: set[str], progress: Progress):
     """(xxh3-128 of the file, its arrays, what is wrong, bytes)."""
-    opened = SafetensorsFile(place)
-    infos = opened.tensors
-    opened.close()
     buffer, whole = np.empty(_PIECE, np.uint8), xxhash.xxh3_128()
     arrays: dict[str, Array] = {}
     wrong: list[str] = []
-    with place.open("rb", buffering=0) as file:
-        size = place.stat().st_size
+    with (
+        contextlib.closing(SafetensorsFile(place)) as opened,
+        place.open("rb", buffering=0) as file,
+    ):
+        infos, size = opened.tensors, place.stat().st_size
         head = size - sum(info.nbytes for info in infos.values())
         for piece in _pieces(file, head, buffer, place, progress):
             whole.update(piece.data)
@@ -153,6 +155,8 @@ def _read_file(place: pathlib.Path, derived: set[str], progress: Progress):
                     bad += finite.count_nonfinite(piece.view(DTYPES[info.dtype]))
             arrays[name] = streamed.array()
             wrong += _not_finite(place, info, bad)
+        # No manifest of a mixture.
+        opened.check_unchanged()
     return whole.hexdigest(), arrays, wrong, size
 
 

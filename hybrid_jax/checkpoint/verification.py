@@ -51,7 +51,9 @@ def find(path, step: int | None = None) -> list[pathlib.Path]:
     else:
         inside = path / training_run.CHECKPOINTS
         folder = inside if inside.is_dir() else path
-        found = [each for each in folder.iterdir() if each.name.isdigit() and each.is_dir()]
+        found = [
+            each for each in folder.iterdir() if training_run.is_step(each.name) and each.is_dir()
+        ]
         found.sort(key=lambda each: int(each.name))
     if not found:
         raise ValueError(f"{path} has no checkpoint: expected directories named by their step.")

@@ -44,7 +44,8 @@ def run(
 
     started: list[_Worker] = []
     try:
-        started += [_Worker(conversion, draft, process, share, hear) for share in others]
+        for share in others:
+            started.append(_Worker(conversion, draft, process, share, hear))
 
         def written(info) -> None:
             hear(info.nbytes, info.name)
@@ -86,11 +87,14 @@ class _Worker:
         # Conversion needs no accelerator, and only one process could have it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys, {__name__} as w; sys.exit(w.main())"],
+            # -P: the working directory, which may be a model from the net, is no place for modules.
+            [sys.executable, "-P", "-c", f"import sys, {__name__} as w; sys.exit(w.main())"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            # Ctrl-C is for the one that started them.
+            start_new_session=True,
         )
         self.peak = 0
         self._error: Exception | None = None

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     if argv is None:
         argv = sys.argv[1:]
+        # Names of files and tensors are not always text that can be printed.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         if argv and argv[0] in _HEAVY and "--help" not in argv:
             restart_with_huge_pages()
     if not argv or argv[0] in ("-h", "--help"):

@@ -11,6 +11,9 @@ import tyro
 
 from hybrid_jax.cli import dry_run, json_report, progress_bar
 
+# In effect one file.
+_MOST_GB = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -75,6 +78,10 @@ def run(args: Args) -> int:
     if args.dry_run:
         return dry_run.run(args)
     process, of = _place(args)
+    if not 0 < args.shard_gb <= _MOST_GB:
+        raise ValueError(
+            f"--shard-gb must be a number above 0, up to {_MOST_GB:,}; got {args.shard_gb}."
+        )
     # No accelerator is needed, and nobody else could have it meanwhile.
     jax.config.update("jax_platforms", "cpu")
     with progress_bar.of_names() as progress:

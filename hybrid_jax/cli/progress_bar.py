@@ -24,7 +24,8 @@ def of_names():
         rich.progress.DownloadColumn(),
         rich.progress.TransferSpeedColumn(),
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.description}"),
+        # A tensor's name is no markup.
+        rich.progress.TextColumn("{task.description}", markup=False),
     )
     with _bar(columns) as bar:
         task = bar.add_task("")

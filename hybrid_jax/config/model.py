@@ -59,6 +59,10 @@ class DeepNorm:
 Initialization = Normal | DeepNorm
 
 
+# Keeps a damaged file from filling the memory with layers.
+MAX_LAYERS = 10_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """`count` equal layers in a row, compiled once and scanned over."""
@@ -114,6 +118,10 @@ class ModelConfig:
         layers_lib.require_at_least_zero(self, "norm_eps", "initializer_range")
         if not self.pattern:
             raise ValueError("ModelConfig.pattern must hold at least one run of layers; got none.")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(
+                f"A ModelConfig may have {MAX_LAYERS} layers at most; got {self.num_layers}."
+            )
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
                 f"ModelConfig.remat must be one of {REMAT_POLICIES}; got {self.remat!r}."

@@ -3,10 +3,17 @@
 import dataclasses
 import difflib
 import pathlib
+import reprlib
 import types
 import typing
 
 import yaml
+
+# A config of hundreds of different layers has some hundred kilobytes.
+_MAX_BYTES = 10_000_000
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def near_names(name: str, known) -> str:
@@ -46,8 +53,11 @@ def write_yaml(config, path) -> None:
 
 def read_yaml(cls, path):
     """A config from a YAML file; ValueError names the file and what is wrong in it."""
+    path = pathlib.Path(path)
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{path} is {size} bytes long; expected a config of {_MAX_BYTES} at most.")
     try:
-        tree = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     try:
@@ -75,7 +85,7 @@ def _build(annotation, tree, path):
         return _build_union(typing.get_args(annotation), tree, path)
     if origin is tuple:
         if not isinstance(tree, (list, tuple)):
-            raise ValueError(f"{path} must be a list; got {tree!r}.")
+            raise ValueError(f"{path} must be a list; got {_shown(tree)}.")
         item = typing.get_args(annotation)[0]
         return tuple(_build(item, value, f"{path}[{idx}]") for idx, value in enumerate(tree))
     if dataclasses.is_dataclass(annotation):
@@ -93,20 +103,24 @@ def _build_union(members, tree, path):
         for member in members:
             if isinstance(tree, member) and not isinstance(tree, bool):
                 return tree
-        raise ValueError(f"{path} must be one of {[m.__name__ for m in members]}; got {tree!r}.")
+        raise ValueError(
+            f"{path} must be one of {[m.__name__ for m in members]}; got {_shown(tree)}."
+        )
     kinds = {member.__name__: member for member in members}
     kind = tree.get("kind") if isinstance(tree, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
-            f"{path} needs `kind`, one of {sorted(kinds)}; got {kind!r}."
-            f"{near_names(str(kind), kinds)}"
+            f"{path} needs `kind`, one of {sorted(kinds)}; got {_shown(kind)}."
+            f"{near_names(kind, kinds) if isinstance(kind, str) else ''}"
         )
     return _build_dataclass(kinds[kind], tree, path)
 
 
 def _build_dataclass(cls, tree, path):
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must be a mapping of the fields of {cls.__name__}; got {tree!r}.")
+        raise ValueError(
+            f"{path} must be a mapping of the fields of {cls.__name__}; got {_shown(tree)}."
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in tree:
@@ -116,7 +130,7 @@ def _build_dataclass(cls, tree, path):
                 f"Fields: {', '.join(fields)}."
             )
     if tree.get("kind", cls.__name__) != cls.__name__:
-        raise ValueError(f"{path} must be a {cls.__name__}; got kind {tree['kind']!r}.")
+        raise ValueError(f"{path} must be a {cls.__name__}; got kind {_shown(tree['kind'])}.")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and name not in tree:
@@ -146,6 +160,12 @@ def _build_scalar(annotation, value, path):
             pass
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
         raise ValueError(
-            f"{path} must be of type {annotation.__name__}; got {value!r} ({type(value).__name__})."
+            f"{path} must be of type {annotation.__name__}; got {_shown(value)} "
+            f"({type(value).__name__})."
         )
     return value
+
+
+def _shown(value) -> str:
+    """A value in a message. YAML's aliases make lists of lists whose text would fill the memory."""
+    return _REPR.repr(value)

@@ -30,7 +30,6 @@ def write_safetensors(path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file."""
     entries, place, data = {}, 0, []
     for name, array in tensors.items():
-        array = np.ascontiguousarray(array)
         shape, end = list(array.shape), place + array.nbytes
         entries[name] = {"dtype": TAGS[array.dtype], "shape": shape, "data_offsets": [place, end]}
         data.append(array.tobytes())

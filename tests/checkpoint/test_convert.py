@@ -285,48 +285,21 @@ def test_a_damaged_orbax_directory_is_refused_by_name(tmp_path):
             convert(tmp_path / "o", tmp_path / "dst", "hf")
 
 
-def test_an_existing_destination_is_kept_unless_it_may_be_replaced(tmp_path):
-    config, tensors = _original()
+@pytest.mark.parametrize("shape", [(), (0, 3)])
+def test_a_tensor_without_dims_survives_orbax_and_one_without_values_is_refused(tmp_path, shape):
+    config, extra = m2_config(), "model.layers.2.x"
+    tensors = published.tensors(config) | {extra: np.ones((1, *shape), np.float32)[0]}
     source = published.write_directory(tmp_path / "src", config, tensors)
-    kept = tmp_path / "dst"
-    kept.mkdir()
-    convert(source, kept, "orbax")
-    before = sorted(os.listdir(kept))
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        convert(source, kept, "hf")
-    assert sorted(os.listdir(kept)) == before
-    convert(source, kept, "hf-original", overwrite=True)
-    assert published.read_directory(kept) == published.stored(tensors)
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="must be a directory or not exist"):
-        convert(source, tmp_path / "file", "hf")
-    for inside in (source, source / "x", tmp_path):
-        with pytest.raises(ValueError, match="must be apart"):
-            convert(source, inside, "hf", overwrite=True)
-
-
-def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path, capsys):
-    (tmp_path / "loop").symlink_to("loop")
-    # An empty shell variable, which must not mean the working directory.
-    for paths, what in ((("", "q"), "source"), (("q", ""), "destination")):
-        assert cli.main(["convert", *paths, "--format", "hf"]) == 2
-        assert f"The {what} must be a directory; got an empty path" in capsys.readouterr().err
-    for source, format, dtype, message in (
-        ("x", "hf-orignal", None, "no format 'hf-orignal'.*'hf-original'"),
-        ("x", "hf", "int8", "dtype must be one of float32, bfloat16"),
-        ("x", "hf", None, "x does not exist"),
-        ("empty", "hf", None, "empty is no checkpoint"),
-        ("file", "hf", None, "file is a file"),
-        ("loop", "hf", None, "loop does not exist"),
-    ):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        (tmp_path / "file").write_text("")
-        with pytest.raises(ValueError, match=message):
-            convert(tmp_path / source, tmp_path / "dst", format, dtype)
-    published.write_safetensors(tmp_path / "empty" / "model.safetensors", {})
-    with pytest.raises(ValueError, match=r"config.json is missing"):
-        convert(tmp_path / "empty", tmp_path / "dst", "hf")
+    convert_to = lambda src, dst, format: convert(tmp_path / src, tmp_path / dst, format)
+    if 0 in shape:
+        with pytest.raises(ValueError, match=rf"'{extra}' of shape \[0, 3\] has no values"):
+            convert_to("src", "dst", "orbax")
+        assert os.listdir(tmp_path) == ["src"]
+        return
+    convert_to("src", "dst", "orbax")
+    convert_to("dst", "back", "hf-original")
+    assert published.read_directory(tmp_path / "back") == published.read_directory(source)
+    assert published.read_directory(source)[extra][1] == ()
 
 
 FULL_DISK = """

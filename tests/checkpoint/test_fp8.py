@@ -111,3 +111,20 @@ def test_what_cannot_become_blocks_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"is in FP8 already\. Without --dtype"):
         convert(tmp_path / "fp8", tmp_path / "again", "hf-original", "fp8")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "quantization, message",
+    [
+        ("fp8", "must be a mapping; got 'fp8'"),
+        ({"quant_method": []}, r"quant_method \[\]"),
+        ({"quant_method": "fp8", "weight_block_size": [1 << 40, 8]}, "two positive whole numbers"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [8, 8], "modules_to_not_convert": 5},
+            "modules_to_not_convert must be a list of names; got 5",
+        ),
+    ],
+)
+def test_a_quantisation_that_cannot_be_is_refused(quantization, message):
+    with pytest.raises(ValueError, match=f"here: quantization_config.*{message}"):
+        fp8.block_size({"quantization_config": quantization}, "here")

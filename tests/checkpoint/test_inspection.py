@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -144,6 +148,17 @@ DAMAGE = {
         ),
         "quant_method 'x'",
     ),
+    "a name too long": (
+        lambda d: _rewrite(
+            d / "model.safetensors.index.json",
+            lambda t: t.replace("model-00002", "x" * 300),
+        ),
+        "1 of 3 files .* are not here, first x",
+    ),
+    "endless manifest": (
+        lambda d: ((d / "manifest.json").touch(), os.truncate(d / "manifest.json", 20 << 30)),
+        "manifest.json is 21474836480 bytes long; expected a small file",
+    ),
     "link": (
         lambda d: (_shard(d).unlink(), _shard(d).symlink_to("/etc/hostname")),
         "is a link to /etc/hostname, outside",
@@ -161,6 +176,16 @@ def test_what_is_damaged_is_told(tmp_path, harm, message, capsys):
     assert cli.main(["inspect", str(directory)]) == 1
     out = capsys.readouterr().out
     assert "PROBLEM: " in out and "NOT a whole checkpoint" in out
+
+
+def test_names_that_are_no_text_can_be_printed(tmp_path):
+    directory = _tiny(pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")))
+    index = directory / "model.safetensors.index.json"
+    _rewrite(index, lambda t: t.replace(f'"{Q}"', r'"\ud800x"'))
+    command = [sys.executable, "-m", "hybrid_jax.cli", "inspect", str(directory)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1, found.stderr
+    assert r"\udcff: Hugging Face" in found.stdout and r"\ud800x  " in found.stdout
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):

@@ -133,6 +133,15 @@ def test_a_forged_manifest_of_another_form_is_refused(stored, tmp_path):
         manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize("begin", [["x", 0], [0], [-1, 0], 5])
+def test_a_forged_place_of_a_shard_is_refused(stored, begin):
+    whole = digests.to_json(manifest.read(stored).arrays)
+    assert digests.from_json(whole) == manifest.read(stored).arrays
+    whole["w"]["shards"][0]["begin"] = begin
+    with pytest.raises(TypeError):
+        digests.from_json(whole)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -130,3 +130,46 @@ def test_what_is_wrong_by_its_headers_is_found_as_well(tmp_path, capsys):
     assert "1 of 2 files that the index names are not here" in capsys.readouterr().out
     for arguments in (["--step", "3"], ["--tolerance", "0.1"]):
         assert cli.main(["verify", str(directory), *arguments]) == 2
+
+
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path, capsys):
+    directory = _directory(tmp_path / "d")
+    pipe, device = directory / "tokenizer.json", directory / "LICENSE"
+    # With a manifest that says they are empty, and without one.
+    pipe.touch()
+    device.touch()
+    manifest.write(directory)
+    pipe.unlink()
+    device.unlink()
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    assert cli.main(["verify", str(directory)]) == 1
+    out = capsys.readouterr().out
+    for name in (pipe.name, device.name):
+        assert re.search(rf"{name} cannot be read .*is a device or a pipe", out), out
+    (directory / manifest.NAME).unlink()
+    assert cli.main(["verify", str(directory), "--write-manifest"]) == 2
+    assert "is a device or a pipe; expected a file" in capsys.readouterr().err
+
+
+def test_a_file_elsewhere_is_not_read_through_a_link(tmp_path, capsys):
+    directory = _directory(tmp_path / "d")
+    shard = directory / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to("/etc/passwd")
+    found = rereading.reread(directory)
+    assert [each for each in found.problems if str(shard) in each] == [
+        f"{shard} is a link to /etc/passwd, outside the directory. Copy the file into {directory}."
+    ]
+    # Neither its length nor its first bytes are told.
+    assert found.bytes == (directory / "model-00002-of-00002.safetensors").stat().st_size
+
+
+def test_a_file_that_changes_while_it_is_read_gets_no_manifest(tmp_path):
+    directory = _directory(tmp_path / "d", shards=1)
+    weights = directory / "model.safetensors"
+    found = rereading.reread(
+        directory, write_manifest=True, progress=lambda count: os.utime(weights, ns=(0, 0))
+    )
+    assert any("has changed since it was opened" in each for each in found.problems)
+    assert found.manifest == "none" and not (directory / manifest.NAME).exists()

@@ -1,5 +1,6 @@
 """A conversion that ended early goes on, and one that several processes share is the same one."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import cli
-from hybrid_jax.checkpoint import convert, draft, manifest
+from hybrid_jax.checkpoint import conversion, convert, draft, manifest
 from scripts import bench_conversion
 from tests.checkpoint import published
 from tests.checkpoint.published import original_config
@@ -99,8 +100,11 @@ def test_two_processes_read_and_write_about_half_each(tmp_path):
     assert os.listdir(out) == ["dst"]
 
 
-def test_local_workers_make_the_same_directory(tmp_path):
+def test_local_workers_make_the_same_directory(tmp_path, monkeypatch):
     source, _ = _source(tmp_path)
+    # Models come with modules of theirs; nobody imports what lies in the working directory.
+    (source / "xxhash.py").write_text("raise ImportError('a module of the source')")
+    monkeypatch.chdir(source)
     heard = []
     hear = lambda done, total, name: heard.append((done, total, name))
     for workers in (1, 2):
@@ -295,3 +299,53 @@ def test_the_command_is_one_of_several_as_options_or_the_environment_say(
     assert "process 0 of 2" in capsys.readouterr().out
     found = published.read_directory(dst)
     assert {name: found[name] for name in tensors} == published.stored(tensors)
+
+
+@pytest.mark.parametrize("there", ["a file", None, "[1]", "{", "[" * 20000])
+def test_what_is_no_draft_is_neither_used_nor_removed(tmp_path, there):
+    source, _ = _source(tmp_path)
+    work = draft.place(tmp_path / "dst")
+    if there == "a file":
+        work.write_text(there)
+    else:
+        work.mkdir()
+        (work / "mine").write_text("precious")
+        if there is not None:
+            (work / "content").mkdir()
+            (work / "conversion.json").write_text(there)
+    before = _files(tmp_path)
+    with pytest.raises(ValueError, match=r"is no unfinished conversion .*choose another"):
+        convert(source, tmp_path / "dst", "hf-original")
+    assert _files(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == [work.name, "src"]
+
+
+def test_two_that_begin_at_once_as_the_same_process_mix_nothing_up(tmp_path, monkeypatch):
+    source, tensors = _source(tmp_path)
+    real, both, answers = conversion.Conversion.prepare, threading.Barrier(2), []
+
+    def prepare(self, directory):
+        real(self, directory)
+        # As long as the other one might want to begin, and remove what it takes for leftovers.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+
+    monkeypatch.setattr(conversion.Conversion, "prepare", prepare)
+
+    def start():
+        try:
+            answers.append(convert(source, tmp_path / "dst", "hf-original").tensors)
+        except Exception as error:
+            answers.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # The other one came too late.
+    assert len(tensors) in answers, answers
+    assert all(each == len(tensors) or isinstance(each, OSError) for each in answers), answers
+    assert published.read_directory(tmp_path / "dst") == published.stored(tensors)
+    manifest.verify(tmp_path / "dst")
+    assert {"config.json", "tokenizer.json"} <= set(os.listdir(tmp_path / "dst"))

@@ -1,5 +1,7 @@
 """Configuration trees from text: every mistake is named by its path."""
 
+import os
+
 import pytest
 
 from hybrid_jax.config import layers, model, presets, text
@@ -42,6 +44,7 @@ def _nano_with(change):
             "experts_per_token=9 cannot exceed num_experts=4",
         ),
         (lambda t: t["dtypes"].update(compute="float8"), "compute must be one of"),
+        (lambda t: t.update(repeats=10**9), "10000 layers at most"),
     ],
 )
 def test_mistakes_are_named_by_their_path(change, message):
@@ -63,6 +66,23 @@ def test_unreadable_yaml_names_the_file(tmp_path):
         (tmp_path / "config.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"config\.yaml is not readable YAML"):
             text.read_yaml(model.ModelConfig, tmp_path / "config.yaml")
+
+
+def test_an_endless_config_is_not_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.touch()
+    os.truncate(path, 20 << 30)
+    with pytest.raises(ValueError, match="21474836480 bytes long; expected a config of"):
+        text.read_yaml(model.ModelConfig, path)
+
+
+def test_a_list_of_lists_of_lists_is_told_in_short():
+    bomb: list = ["x"] * 10
+    for _ in range(12):
+        bomb = [bomb] * 10
+    with pytest.raises(ValueError, match="vocab_size must be") as caught:
+        text.from_dict(model.ModelConfig, _nano_with(lambda t: t.update(vocab_size=bomb)))
+    assert len(str(caught.value)) < 5000
 
 
 def test_folding_finds_the_shortest_pattern():

@@ -28,8 +28,7 @@ from hybrid_jax.training.checkpoints import CheckpointStore
 from hybrid_jax.training.optimizer import Optimizer
 from hybrid_jax.training.parameters import Skeleton
 from hybrid_jax.training.state import abstract_state, initial_state
-from tests.checkpoint import published
-from tests.checkpoint.test_memory import _write
+from tests.checkpoint import large, published
 from tests.training import small
 
 
@@ -235,7 +234,7 @@ print(json.dumps({"more": (status("VmHWM") - before) / 1024 - held * 2.0**-20,
 
 
 def test_no_parameter_is_put_together_in_host_memory(tmp_path, monkeypatch):
-    _write(tmp_path / "large", 2, 4)
+    large.write(tmp_path / "large", 2, 4)
     monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 18)
     monkeypatch.setattr(loading, "HOST_BYTES", 0)
     with open_checkpoint(tmp_path / "large") as opened:
@@ -257,7 +256,7 @@ def test_no_parameter_is_put_together_in_host_memory(tmp_path, monkeypatch):
 def test_a_start_holds_a_few_pieces_and_never_a_stack(tmp_path):
     config = published.original_config(num_local_experts=4)
     tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))
-    _write(tmp_path / "large", 3, 8)
+    large.write(tmp_path / "large", 3, 8)
     # A user's process: the tests' eight devices have threads and memory pools of their own.
     plain = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-c", MEASURE, str(tiny), str(tmp_path / "large")]

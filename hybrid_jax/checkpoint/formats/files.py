@@ -174,12 +174,10 @@ class LocalFolder:
         return str(self.path)
 
 
-def check_small(where: str, size: int) -> None:
+def check_small(where: str, size: int, most: int = MAX_SMALL_BYTES) -> None:
     """ValueError for a file that is too long to be read whole."""
-    if size > MAX_SMALL_BYTES:
-        raise ValueError(
-            f"{where} is {size} bytes long; expected a small file of at most {MAX_SMALL_BYTES}."
-        )
+    if size > most:
+        raise ValueError(f"{where} is {size} bytes long; expected a small file of at most {most}.")
 
 
 def _state(path: pathlib.Path) -> os.stat_result:

@@ -24,6 +24,7 @@ import numpy as np
 
 from hybrid_jax.checkpoint import atomic, digests, manifest
 from hybrid_jax.checkpoint.formats import protocol
+from hybrid_jax.checkpoint.formats.files import check_small
 
 INDEX_NAME = "hybrid_jax.json"
 GROUP_BYTES = 1 << 25
@@ -53,7 +54,8 @@ class OrbaxLayout:
         arrays = {}
         for info, array in zip(self.units[number].infos, tensors, strict=True):
             protocol.check_planned(info, array)
-            arrays[info.name] = np.ascontiguousarray(array)
+            # It makes one dim of none, which are other digests.
+            arrays[info.name] = np.ascontiguousarray(array).reshape(info.shape)
         path = group_path(directory, number)
         path.parent.mkdir(exist_ok=True)
         for left in path.parent.glob(f"{path.name}*"):
@@ -250,6 +252,8 @@ def group_path(directory: pathlib.Path, group: int) -> pathlib.Path:
 
 
 def _read_index(path: pathlib.Path) -> dict:
+    # It holds the digests that the manifest has.
+    check_small(str(path), path.stat().st_size, manifest.MAX_BYTES)
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

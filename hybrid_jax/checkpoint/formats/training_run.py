@@ -73,6 +73,11 @@ def is_training_run(directory) -> bool:
     return (directory / "config.yaml").is_file() and (directory / CHECKPOINTS).is_dir()
 
 
+def is_step(name: str) -> bool:
+    """Whether a directory is called by a step. Digits of other scripts, and ², are digits too."""
+    return name.isascii() and name.isdigit()
+
+
 def stored(path: pathlib.Path) -> dict[str, protocol.TensorInfo]:
     """The parameters of one checkpoint by its metadata; ValueError if it cannot be read."""
     path = path.absolute()
@@ -86,7 +91,7 @@ def stored(path: pathlib.Path) -> dict[str, protocol.TensorInfo]:
 def steps(directory, step: int | None = None) -> list[int]:
     """The steps that a run has a checkpoint of, or that one; ValueError if there is none."""
     found = (pathlib.Path(directory) / CHECKPOINTS).iterdir()
-    present = sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    present = sorted(int(path.name) for path in found if path.is_dir() and is_step(path.name))
     if not present:
         raise ValueError(f"{directory} is a training run that has no checkpoint yet.")
     if step not in (None, *present):

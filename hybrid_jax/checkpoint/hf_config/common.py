@@ -8,6 +8,8 @@ from hybrid_jax.config import layers, model
 # What the released config classes use where a file does not say; none of them changes the network.
 _DEFAULT_POSITIONS = 131072
 _DEFAULT_INITIALIZER_RANGE = 0.02
+# Of all layers: M2 has 15,872. It keeps a damaged file from filling the memory with names.
+_MOST_EXPERTS = 100_000
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -49,8 +51,8 @@ def read_attention(fields: Fields) -> Attention:
 
 
 def read_num_layers(fields: Fields) -> int:
-    """Layers; a bound keeps a damaged file from filling the memory with names."""
-    return fields.size("num_hidden_layers", most=10_000)
+    """Layers."""
+    return fields.size("num_hidden_layers", most=model.MAX_LAYERS)
 
 
 def read_moe(fields: Fields, router) -> layers.MoeFfn:
@@ -72,6 +74,10 @@ def read_model(fields: Fields, all_layers) -> model.ModelConfig:
         fields.only(name, None, *_DTYPES)
     for name in ("model_type", "quantization_config"):
         fields.get(name)
+    # One name each.
+    experts = sum(layer.ffn.num_experts for layer in all_layers)
+    if experts > _MOST_EXPERTS:
+        fields.fail("num_local_experts", f"at most {_MOST_EXPERTS} in all layers together", experts)
     pattern, repeats = model.fold_layers(all_layers)
     config = model.ModelConfig(
         name=str(fields.values["model_type"]),

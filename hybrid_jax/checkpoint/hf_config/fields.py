@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 from hybrid_jax.config.text import near_names
 
@@ -116,9 +117,13 @@ class Fields:
         value = self._get(name, default)
         if value is default:
             return value
-        if type(value) not in (int, float) or not math.isfinite(value):
-            self.fail(name, "a finite number", value)
-        return float(value)
+        try:
+            if type(value) in (int, float) and math.isfinite(value):
+                return float(value)
+        except OverflowError:
+            # JSON's whole numbers have no end.
+            pass
+        self.fail(name, "a finite number", value)
 
     def flag(self, name: str, default=_MISSING) -> bool:
         """True or false."""
@@ -159,9 +164,9 @@ class Fields:
                     "change the network; remove it if it does not."
                 )
 
-    def fail(self, name: str, expected: str, got) -> None:
+    def fail(self, name: str, expected: str, got) -> typing.NoReturn:
         """Raise the ValueError for a field with a wrong value."""
-        raise ValueError(f"{self.where}: {name!r} must be {expected}; got {got!r}.")
+        raise ValueError(f"{self.where}: {name!r} must be {expected}; got {got!r:.200}.")
 
     def _get(self, name, default):
         self.taken.add(name)
@@ -194,9 +199,8 @@ def rope(fields: Fields, head_dim: int, default_rotary_dim: int) -> tuple[float,
             fields.fail(name, "absent or of rope_type 'default'", mapping)
     nested = Fields(inner, f"{fields.where}: rope_parameters", {"rope_type", "type"})
     thetas = {fields.number("rope_theta", None), nested.number("rope_theta", None)} - {None}
-    dims = {fields.get("rotary_dim"), _rotated(fields, head_dim), _rotated(nested, head_dim)} - {
-        None
-    }
+    given = _rotary_dim(fields), _rotated(fields, head_dim), _rotated(nested, head_dim)
+    dims = {dim for dim in given if dim is not None}
     nested.finish()
     if not thetas:
         raise ValueError(
@@ -204,15 +208,21 @@ def rope(fields: Fields, head_dim: int, default_rotary_dim: int) -> tuple[float,
         )
     if len(thetas) > 1 or len(dims) > 1:
         raise ValueError(
-            f"{fields.where}: rope_theta {sorted(thetas)} and rotary_dim {sorted(dims, key=str)} "
+            f"{fields.where}: rope_theta {sorted(thetas)} and rotary_dim {sorted(dims)} "
             "are given twice, with different values."
         )
-    rotary_dim = dims.pop() if dims else default_rotary_dim
-    if type(rotary_dim) is not int or rotary_dim < 0:
-        fields.fail("rotary_dim", "a whole number >= 0", rotary_dim)
-    return thetas.pop(), rotary_dim
+    return thetas.pop(), dims.pop() if dims else default_rotary_dim
+
+
+def _rotary_dim(fields: Fields) -> int | None:
+    value = fields.get("rotary_dim")
+    if value is not None and (type(value) is not int or value < 0):
+        fields.fail("rotary_dim", "a whole number >= 0", value)
+    return value
 
 
 def _rotated(fields: Fields, head_dim: int) -> int | None:
     factor = fields.number("partial_rotary_factor", None)
+    if factor is not None and not 0 <= factor <= 1:
+        fields.fail("partial_rotary_factor", "a number from 0 to 1", factor)
     return None if factor is None else int(head_dim * factor)

@@ -5,6 +5,8 @@ from hybrid_jax.checkpoint.hf_config.fields import Fields, rope
 from hybrid_jax.config import layers, model
 
 BLOCK_SIZE = 256
+# A table has its square of numbers a head.
+MAX_BLOCK_SIZE = 4096
 
 
 def read(fields: Fields) -> model.ModelConfig:
@@ -18,7 +20,7 @@ def read(fields: Fields) -> model.ModelConfig:
     # No field in transformers, which always normalises the residual; vLLM reads it.
     fields.only("postnorm", True)
     for name in ("block_size", "block"):
-        fields.size(name, None)
+        fields.size(name, None, most=MAX_BLOCK_SIZE)
     # Left over where a released config was converted.
     fields.only("shared_intermediate_size", 0, [0])
     fields.get("shared_moe_mode")

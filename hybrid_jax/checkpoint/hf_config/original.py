@@ -1,6 +1,6 @@
 """config.json as MiniMax released it with Text-01 and M1."""
 
-from hybrid_jax.checkpoint.hf_config import common
+from hybrid_jax.checkpoint.hf_config import common, native
 from hybrid_jax.checkpoint.hf_config.fields import Fields, rope
 from hybrid_jax.config import layers, model
 
@@ -35,7 +35,7 @@ def read(fields: Fields) -> model.ModelConfig:
         )
         kinds[code] = layers.Layer(mixer=mixer, ffn=ffn, residual=residual)
     # The released code fixes its block at 256; it does not change the numbers.
-    fields.get("block_size")
+    fields.size("block_size", None, most=native.MAX_BLOCK_SIZE)
     all_layers = fields.sequence("attn_type_list", common.read_num_layers(fields), kinds)
     return common.read_model(fields, all_layers)
 
