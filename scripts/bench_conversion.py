@@ -190,10 +190,12 @@ def remember(directory: pathlib.Path) -> None:
                     pass
 
 
-def measure(folder: pathlib.Path, made: Synthetic, rounds: int, workers: int) -> dict:
+def measure(folder: pathlib.Path, made: Synthetic, rounds: int, workers: int | None) -> dict:
     """Seconds and peak memory by (what, cache), a list of rounds each."""
     found: dict[str, list[dict]] = {}
-    options = ("--workers", str(workers), "--shard-gb", f"{made.shard_bytes / 1e9:.9f}")
+    options = ["--shard-gb", f"{made.shard_bytes / 1e9:.9f}"]
+    if workers is not None:
+        options += ["--workers", str(workers)]
     source, orbax, back, copied = (folder / name for name in ("source", "orbax", "back", "copy"))
     for number in range(rounds):
         for cache in ("cold", "warm"):
@@ -237,7 +239,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, help="of each conversion (default: its own choice)")
     parser.add_argument("--directory", help="where to write (default: the system's for such files)")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()

@@ -50,7 +50,7 @@ def convert(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     group_bytes: int = GROUP_BYTES,
-    workers: int = 1,
+    workers: int | None = None,
     process: int = 0,
     of: int = 1,
     note=lambda said: None,
@@ -74,7 +74,8 @@ def convert(
         overwrite: Replace a non-empty `dst`.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
         group_bytes: Most that is held of the tensors of an Orbax group, unless one is larger.
-        workers: Local processes that share the work; each needs memory for a few tensors.
+        workers: Local processes that share the work, each in the memory of a few tensors; None for
+            as many as processors, at most 4, and one for each GB.
         process: Which of `of` processes this is that see the same files; 0 waits and finishes.
         note: Called with sentences about work that is there already, or waited for.
         language_only: Leave out the vision part of VL-01; without it such a source is refused.
@@ -93,8 +94,8 @@ def convert(
             written, peak = _write(work, draft, (process, of), workers, progress, note)
             if draft is not None and process == 0:
                 draft.finish(work.layout, note, overwrite=overwrite)
-    sizes, seconds = [info.nbytes for info in work.plan.infos], time.perf_counter() - start
-    return Summary(len(sizes), sum(sizes), written, not draft or process == 0, seconds, peak)
+    counts, seconds = [info.nbytes for info in work.plan.infos], time.perf_counter() - start
+    return Summary(len(counts), sum(counts), written, not draft or process == 0, seconds, peak)
 
 
 def check_format(format: str) -> None:
@@ -110,7 +111,7 @@ def _write(
     work: conversions.Conversion,
     draft: drafts.Draft | None,
     process: tuple[int, int],
-    workers: int,
+    workers: int | None,
     progress,
     note,
 ) -> tuple[int, int]:
@@ -134,6 +135,9 @@ def _write(
         if progress is not None:
             progress(done, total, name)
 
+    if workers is None:
+        # Less is done before another process has begun.
+        workers = max(1, min(len(os.sched_getaffinity(0)), 4, (total - begun) // 10**9))
     peak = workers_lib.run(
         work, draft, process, conversions.shares(work.layout, left, workers), told
     )
@@ -169,8 +173,8 @@ def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:
             )
 
 
-def _check_counts(workers: int, process: int, of: int) -> None:
-    if not 1 <= workers <= _MOST_PROCESSES:
+def _check_counts(workers: int | None, process: int, of: int) -> None:
+    if workers is not None and not 1 <= workers <= _MOST_PROCESSES:
         raise ValueError(f"workers must be from 1 to {_MOST_PROCESSES}; got {workers}.")
     if not 0 <= process < of <= _MOST_PROCESSES:
         raise ValueError(

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, matching, parts
+from hybrid_jax.checkpoint import finite, fp8, hf_config, leaves, matching
 from hybrid_jax.checkpoint.formats import folders, orbax, protocol, training_run
 from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.hf_directory import SUFFIX, HfDirectory
@@ -84,10 +84,6 @@ class Checkpoint:
     def rules_of(self, leaf: str) -> list[Rule]:
         """Of all tensors that hold a part of a parameter."""
         return self._rules_of[leaf]
-
-    def read_leaf(self, leaf: str, shape, dtype: np.dtype, check_finite: bool = True):
-        """One parameter of our tree: an array put together from all tensors that hold a part."""
-        return parts.whole(self, leaf, shape, dtype, check_finite=check_finite)
 
     def _check(self, name: str, array: np.ndarray, check_finite: bool) -> None:
         if check_finite:

@@ -62,17 +62,6 @@ def read(
         yield finish(rule, share, stored, lambda name, _, part: scales[name][part.slices])
 
 
-def whole(
-    checkpoint: "Checkpoint", leaf: str, shape, dtype: np.dtype, *, check_finite: bool = True
-) -> np.ndarray:
-    """All of a parameter."""
-    array = np.empty(shape, dtype)
-    pieces = read(checkpoint, leaf, Box.whole(shape), dtype, check_finite=check_finite)
-    for place, values in pieces:
-        array[place.slices] = values
-    return array
-
-
 def _cut(wanted: Iterable[tuple[Rule, Box]], source: protocol.Source):
     for rule, share in wanted:
         itemsize = protocol.DTYPES[source.tensors[rule.name].dtype].itemsize

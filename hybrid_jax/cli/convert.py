@@ -53,8 +53,9 @@ class Args:
     """Take weights that are NaN or infinite as they are."""
     shard_gb: float = 5.0
     """Largest safetensors file in GB, unless one tensor is larger."""
-    workers: int = 1
-    """Local processes that share the work; each needs memory for a few tensors."""
+    workers: int | None = None
+    """Local processes that share the work, each in the memory of a few tensors. If not given, as
+    many as processors, at most 4, and one for each GB."""
     process: int | None = None
     """Which of several processes this is, from 0; goes with --of."""
     of: int | None = None

@@ -14,7 +14,7 @@ from scripts import bench_conversion
 from tests.checkpoint import large, published
 
 # What a process of ours holds before it converts anything, 240 MB of it libraries; and a group of
-# Orbax's, 32 MiB, up to three times while it is written or read. The aim is 1 GB.
+# Orbax's, 32 MiB, up to three times while it is written or read.
 BASE = 450_000_000
 
 
@@ -34,12 +34,13 @@ def _convert(source, target, format, *options) -> dict:
 
 
 @pytest.mark.parametrize(
-    "size, layers",
-    # The names and shards of eight layers every day, of all eighty every night.
-    [(500e6, 8), pytest.param(8e9, 80, marks=pytest.mark.nightly)],
+    "size, layers, base",
+    # The names and shards of eight layers every day, of all eighty every night: that in as many
+    # processes as are taken of themselves, which may have 1 GB together.
+    [(500e6, 8, BASE), pytest.param(8e9, 80, 1e9, marks=pytest.mark.nightly)],
 )
 def test_there_and_back_every_bit_is_the_same_in_the_memory_of_a_few_tensors(
-    tmp_path, size, layers
+    tmp_path, size, layers, base
 ):
     source = tmp_path / "source"
     made = bench_conversion.write(source, size, layers)
@@ -52,7 +53,7 @@ def test_there_and_back_every_bit_is_the_same_in_the_memory_of_a_few_tensors(
     print({"there": there, "back": back, "largest": made.largest})
     for report in (there, back):
         assert report["bytes"] == made.nbytes
-        assert report["peak_rss_bytes"] < BASE + 3 * made.largest
+        assert report["peak_rss_bytes"] < base + 3 * made.largest
     assert bench_conversion.same(source, tmp_path / "back")
 
 

@@ -102,7 +102,7 @@ def test_whole_parameters_are_the_same_from_every_container(case):
     for kind in ("single", "orbax"):
         checkpoint, leaves = case(kind)
         for leaf, wanted in leaves.items():
-            assert np.array_equal(checkpoint.read_leaf(leaf, wanted.shape, np.float32), wanted)
+            assert np.array_equal(_part(checkpoint, leaf, Box.whole(wanted.shape)), wanted)
     # From a container without ranges a part costs its tensors, and no others.
     checkpoint, leaves = case("orbax")
     assert isinstance(checkpoint.source, OrbaxDirectory)
