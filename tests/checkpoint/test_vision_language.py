@@ -71,7 +71,7 @@ def test_text_01_becomes_the_language_part_and_text_01_again(tmp_path, capsys):
     assert "minimax_vl_01: 3 layers" in capsys.readouterr().out
     convert(vl, tmp_path / "again", "hf-original")
     assert published.read_directory(tmp_path / "again") == published.stored(tensors)
-    again = hf_config.read_json(tmp_path / "again" / "config.json")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert hf_config.describe(again, "").model == hf_config.describe(text, "").model
     # Saved by a model, only what is no weight is gone.
     hybrid_jax.save(hybrid_jax.load(vl), tmp_path / "saved", VL)

@@ -1,6 +1,7 @@
 """`hybrid-jax eval`: a run's own held-out loss, files and tables, and what it says of bad input."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -54,6 +55,12 @@ def test_a_run_is_measured_on_what_it_held_out(tmp_path, capsys):
     said = capsys.readouterr()
     assert f"up to 32 {perplexity['lengths'][1]['nats']:.4f}" in " ".join(said.out.split())
     assert "mqar ..." in said.err
+    options = ["--task", "quantization", "--quantize", "int8", "--perplexity.lengths", "32"]
+    assert cli.main(["eval", str(run), "--out", str(out), *options]) == 0
+    report = json.loads((out / "quantization.json").read_text())
+    assert report["reference_perplexity"] == pytest.approx(math.exp(outcome.heldout_loss), rel=1e-4)
+    # Half a percent is what int8 may cost; something it does change.
+    assert 0 < abs(report["ratio"] - 1) < 0.005
 
 
 @pytest.mark.nightly
