@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_jax import data
 from hybrid_jax.checkpoint import sidecars
+from hybrid_jax.checkpoint.formats import folders
 from hybrid_jax.data import chat
 from hybrid_jax.training import run as run_lib
 from scripts import quickstart
@@ -74,7 +75,7 @@ def test_a_run_keeps_the_template_of_its_conversations(tmp_path):
             assert not run.chat_template.exists()
         else:
             assert run.chat_template.read_text() == chat.published(template)
-            assert run.chat_template in sidecars.find(run.path)
+            assert run.chat_template.name in sidecars.find(folders.at(run.path))
 
 
 def test_files_in_the_way_are_named_and_kept(tmp_path):
