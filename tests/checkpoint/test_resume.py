@@ -236,7 +236,7 @@ def test_one_process_that_fails_ends_all(tmp_path, monkeypatch):
     second = threading.Thread(target=start, args=(1,), kwargs={"progress": hold})
     second.start()
     assert began.wait(60)
-    with pytest.raises(BlockingIOError, match=r"is being converted by process \d+ on "):
+    with pytest.raises(BlockingIOError, match=r"is being written by process \d+ on "):
         convert(source, tmp_path / "dst", "hf-original", shard_bytes=4000, process=1, of=2)
     with pytest.raises(ValueError, match="another number of processes than 3"):
         convert(source, tmp_path / "dst", "hf-original", shard_bytes=4000, process=0, of=3)
@@ -312,7 +312,7 @@ def test_what_is_no_draft_is_neither_used_nor_removed(tmp_path, there):
             (work / "content").mkdir()
             (work / "conversion.json").write_text(there)
     before = _files(tmp_path)
-    with pytest.raises(ValueError, match=r"is no unfinished conversion .*choose another"):
+    with pytest.raises(ValueError, match=r"is no unfinished checkpoint .*choose another"):
         convert(source, tmp_path / "dst", "hf-original")
     assert _files(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == [work.name, "src"]
