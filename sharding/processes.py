@@ -125,7 +125,8 @@ def gather(text: str) -> list[str]:
 def all_pass(check: Callable[[], None]) -> None:
     """Run `check` in every process; return when it has passed in all.
 
-    An error of `check` is raised where it happened as it is, and as ValueError in all others.
+    An error of `check` is raised where it happened as it is. In all others it is a ValueError if
+    it is one there, and OSError for anything else: what is wrong is then not what was given.
     """
     if jax.process_count() == 1:
         return check()
@@ -133,14 +134,16 @@ def all_pass(check: Callable[[], None]) -> None:
     try:
         check()
     except BaseException as error:
-        said = f"process {jax.process_index()}: {str(error) or repr(error)}"
+        kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+        said = f"{kind} process {jax.process_index()}: {str(error) or repr(error)}"
         raise
     finally:
         texts = gather(said)
-    errors = [text for text in texts if text]
+    errors = [text.split(" ", 1) for text in texts if text]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise ValueError(f"{errors[0]}{more}")
+        are_values = all(kind == "ValueError" for kind, _ in errors)
+        raise (ValueError if are_values else OSError)(f"{errors[0][1]}{more}")
 
 
 class Together:

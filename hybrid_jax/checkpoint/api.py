@@ -1,30 +1,22 @@
 """A checkpoint directory as a model, and a model as a checkpoint directory."""
 
 import dataclasses
-import functools
-import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from hybrid_jax import model as models
-from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, loading, saving
-from hybrid_jax.checkpoint import sidecars as sidecars_lib
-from hybrid_jax.checkpoint.conversion import dump_json
+from hybrid_jax.checkpoint import contents as contents_lib
+from hybrid_jax.checkpoint import leaves, loading, saving
 from hybrid_jax.checkpoint.convert import check_format
 from hybrid_jax.checkpoint.formats import folders
-from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
-from hybrid_jax.checkpoint.formats.protocol import TAGS, RangedSource, TensorInfo
-from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES, SafetensorsLayout
-from hybrid_jax.checkpoint.hf_config.native import BLOCK_SIZE
-from hybrid_jax.checkpoint.names import minimax, tree
+from hybrid_jax.checkpoint.formats.protocol import RangedSource
+from hybrid_jax.checkpoint.formats.safetensors_writer import SHARD_BYTES
 from hybrid_jax.checkpoint.opened import open_checkpoint
 from hybrid_jax.checkpoint.quantization import QuantizingReader
-from hybrid_jax.checkpoint.sidecars import CONFIG_JSON, CONFIG_YAML
 from hybrid_jax.config import model as model_lib
-from hybrid_jax.config import text
 from hybrid_jax.model.parallel.placement import Placement
-from hybrid_jax.model.quantized import is_quantized
 from sharding import processes
 
 
@@ -93,16 +85,22 @@ def save(
     model: models.Model,
     path,
     format: str = "hf-original",
+    dtype: str | None = None,
     *,
     sidecars=None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    note: Callable[[str], None] = lambda said: None,
 ) -> None:
     """Write a model to a new directory that appears whole at the end, or not at all.
 
     With it comes the manifest of what was written. All processes of a computation call this at
     once; each writes parts that its devices hold, about as many bytes as the others, and no leaf is
     replicated or brought together.
+
+    Killed or out of disk, the same call goes on from `.NAME.draft` beside `path`, by as many
+    processes with the same devices. What is finished is kept if it has the values of this model,
+    and is written again otherwise.
 
     Args:
         model: Any model, however it lies on devices; formats but `orbax` take those that the
@@ -111,54 +109,18 @@ def save(
         format: `hf-original` (released names and config.json), `hf` (as transformers writes it,
             with decay tables), `hf-vl-01` (the language part of VL-01: released names behind
             `language_model.`), or `orbax` (names of our own and config.yaml; takes every model).
+        dtype: As of `convert`; None keeps what the model has. `fp8` needs a process that holds all
+            of a matrix, for each.
         sidecars: A directory whose tokenizer, generation config and chat template travel along.
         overwrite: Replace what is there, once the new directory is complete.
         shard_bytes: Largest safetensors file, unless one tensor is larger.
+        note: Called with sentences about work that is there already, or stays.
 
     Raises:
-        ValueError: the format cannot hold this model; OSError: the directory cannot be written.
+        ValueError: the format cannot hold this model, or an unfinished directory of other contents
+            is in the way; OSError: the directory cannot be written, or somebody is writing it.
     """
     check_format(format)
-    values, contents = _contents(model, format, shard_bytes)
-
-    def prepare(directory: pathlib.Path) -> None:
-        if sidecars is not None:
-            sidecars_lib.copy(folders.at(sidecars), directory)
-        if format == "orbax":
-            text.write_yaml(model.config, directory / CONFIG_YAML)
-        else:
-            dump_json(directory / CONFIG_JSON, values)
-
-    saving.save(contents, path, prepare, overwrite=overwrite)
-
-
-def _contents(model: models.Model, format: str, shard_bytes: int) -> tuple[dict, saving.Contents]:
-    """(config.json, tensors and where each comes from)."""
-    config, arrays = model.config, leaves.arrays(model)
-    if is_quantized(arrays):
-        raise ValueError(
-            "This model's weights were quantised when it was loaded, and what was rounded away is "
-            "lost: copy or convert the checkpoint it came from instead."
-        )
-    values: dict = {}
-    tables: dict = {}
-    if format == "orbax":
-        rules = tree.rules(config, {name: array.shape for name, array in arrays.items()})
-    else:
-        values = hf_config.write(config, format, config.dtypes.parameters)
-        rules = minimax.rules(config, prefix=hf_config.prefix(format))
-        tables = decay_tables.infos(config, BLOCK_SIZE) if format == "hf" else {}
-    infos = [
-        TensorInfo(rule.name, TAGS[np.dtype(arrays[rule.leaf].dtype)], rule.shape) for rule in rules
-    ]
-    infos += [info for info, _ in tables.values()]
-    layout = (
-        OrbaxLayout(infos, vocabulary="tree")
-        if format == "orbax"
-        else SafetensorsLayout(infos, shard_bytes=shard_bytes)
-    )
-    computed = {
-        name: functools.partial(decay_tables.table, name, config, layer_idx, info.shape)
-        for name, (info, layer_idx) in tables.items()
-    }
-    return values, saving.Contents(layout, {rule.name: rule for rule in rules}, arrays, computed)
+    contents = contents_lib.of(model, format, dtype, shard_bytes)
+    travelling = None if sidecars is None else folders.at(sidecars)
+    saving.save(contents, path, travelling, note, overwrite=overwrite)

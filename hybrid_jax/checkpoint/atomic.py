@@ -9,32 +9,6 @@ import time
 from collections.abc import Callable
 
 
-@contextlib.contextmanager
-def new_directory(path, *, overwrite: bool = False):
-    """Yields an empty sibling of `path` that takes its place when the block ends without an error.
-
-    On any error the sibling is removed and `path` is as before. An existing non-empty `path` is a
-    ValueError unless `overwrite` is set; then the old directory goes only after the new one is in
-    place.
-    """
-    path = pathlib.Path(os.path.abspath(path))
-    check_free(path, overwrite=overwrite)
-    made = make(path.parent)
-    draft = None
-    try:
-        draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.draft-", dir=path.parent))
-        # mkdtemp makes it private; a checkpoint is as public as its parent lets new directories be.
-        draft.chmod(0o777 & ~_umask())
-        yield draft
-        sync(draft)
-        replace(draft, path)
-    except BaseException:
-        if draft is not None:
-            remove(draft)
-        unmake(made)
-        raise
-
-
 def check_free(path: pathlib.Path, *, overwrite: bool = False) -> None:
     """ValueError if a new directory cannot take this place."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -147,9 +121,3 @@ def replace(draft: pathlib.Path, path: pathlib.Path) -> None:
         raise
     sync_names(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,6 @@
 """One conversion: its opened source, its plan, and how a unit of the destination is written."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -189,9 +188,4 @@ def write_config(
         # Byte for byte: nothing has changed.
         checkpoint.folder.copy(CONFIG_JSON, directory / CONFIG_JSON)
     else:
-        dump_json(directory / CONFIG_JSON, values)
-
-
-def dump_json(path: pathlib.Path, values: dict) -> None:
-    """Write a config.json as transformers lays it out."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (directory / CONFIG_JSON).write_text(hf_config.dump(values), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A conversion under way: what is finished of it, who works on it, and how it gets its name.
+"""A checkpoint being written: what is finished of it, who works on it, and how it gets its name.
 
 Beside DST lies `.DST.draft/` with `conversion.json` (what it is made from, and how), `content/`
 (what will be DST), one record a finished unit under `units/`, and one lock and, if it went wrong,
@@ -45,6 +45,21 @@ class Draft:
         """Of these units, those that are recorded and whose files have the sizes written."""
         return {number for number in numbers if self._is_there(number)}
 
+    def recorded(self, number: int) -> protocol.Written | None:
+        """What is recorded of a unit, if it is and its files have the sizes written."""
+        try:
+            body = json.loads(self._record(number).read_text(encoding="utf-8"))
+            written = protocol.Written(_files(body), digests.from_json(body["arrays"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return written if self._is_there(number) else None
+
+    def forget(self, number: int) -> None:
+        """Before a unit is written over: a kill in between must not leave a record of the old."""
+        with contextlib.suppress(FileNotFoundError):
+            self._record(number).unlink()
+            atomic.sync_names(self.work / "units")
+
     def record(self, number: int, written: protocol.Written) -> None:
         """Say that a unit is written and on the medium."""
         body = {"files": dict(written.files), "arrays": digests.to_json(written.arrays)}
@@ -68,8 +83,18 @@ class Draft:
         arrays: dict[str, digests.Array] = {}
         for unit in layout.units:
             body = json.loads(self._record(unit.number).read_text(encoding="utf-8"))
-            files |= {name: (size, digest) for name, (size, digest) in body["files"].items()}
+            files |= _files(body)
             arrays |= digests.from_json(body["arrays"])
+        self.complete(layout, protocol.Written(files, arrays), overwrite=overwrite)
+
+    def complete(
+        self, layout: protocol.Layout, written: protocol.Written, *, overwrite: bool
+    ) -> None:
+        """The same when all units are there, and this is what they are."""
+        files, arrays = written
+        # Of an earlier start that was killed as it wrote the index.
+        for left in self.content.glob("*.draft-*"):
+            left.unlink()
         layout.finish(self.content, arrays)
         origin = self._origin.digest
         manifest.write(self.content, arrays, files, name=self.dst.name, origin=origin)
@@ -122,10 +147,6 @@ class Draft:
     def _open(self, prepare: Callable[[pathlib.Path], None]) -> None:
         """Make the draft, or find that it is there."""
         new, known = self._aside, self.work / _CONVERSION
-        shutil.rmtree(new, ignore_errors=True)
-        if known.is_file() and not self.content.is_dir():
-            # Killed when all was done.
-            self._remove()
         if not known.is_file():
             try:
                 (new / "content").mkdir(parents=True)
@@ -143,19 +164,19 @@ class Draft:
             different = self._origin.differences(there)
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{self.work} is no unfinished conversion ({error}), and one must lie there. "
+                f"{self.work} is no unfinished checkpoint ({error}), and one must lie there. "
                 "Remove it, or choose another destination."
             ) from error
         if different:
             raise ValueError(
-                f"{self.work} holds an unfinished conversion with other contents: not the same "
+                f"{self.work} holds an unfinished checkpoint with other contents: not the same "
                 f"{' and '.join(different)}. Go on as it was begun, or remove it: "
                 f"rm -r {self.work}"
             )
         bad = [error for error in self._errors().values() if error["is_input"]]
         if bad:
             raise ValueError(
-                f"{self.work} is what is left of a conversion that failed: {bad[0]['message']} "
+                f"{self.work} is what is left of one that failed: {bad[0]['message']} "
                 f"Remove it: rm -r {self.work}"
             )
 
@@ -169,10 +190,10 @@ class Draft:
             holder = file.read().strip() or "another process"
             file.close()
             raise BlockingIOError(
-                f"{self.dst} is being converted by {holder}. Wait until it ends, or stop it."
+                f"{self.dst} is being written by {holder}. Wait until it ends, or stop it."
             ) from error
         except OSError:
-            # A file system without locks: better no protection than no conversion.
+            # A file system without locks: better no protection than no checkpoint.
             pass
         return file
 
@@ -217,7 +238,7 @@ class Draft:
         if count:
             note(
                 f"{count} units of {self.dst} are finished and kept in {self.work}: the same "
-                "command goes on with them."
+                "again goes on with them."
             )
         elif (is_input or self._of == 1) and self._is_last():
             # Libraries may have threads that write a moment longer.
@@ -228,11 +249,24 @@ class Draft:
         """What lies here has not begun, or is over."""
         return self.work.with_name(f"{self.work.name}-{self._process}")
 
+    def _remove_if_over(self) -> None:
+        """What is left where only the last step of all was cut off, or the first."""
+        if not (self.work.is_dir() or self._aside.is_dir()):
+            return
+        with _alone(self.dst.parent):
+            shutil.rmtree(self._aside, ignore_errors=True)
+            if (self.work / _CONVERSION).is_file() and not self.content.is_dir():
+                self._remove()
+
     def _remove(self) -> None:
         """Killed in the midst of it, it is no draft any more."""
         with contextlib.suppress(OSError):
             os.rename(self.work, self._aside)
         shutil.rmtree(self._aside, ignore_errors=True)
+
+
+def _files(body: dict) -> dict[str, tuple[int, str]]:
+    return {name: (size, digest) for name, (size, digest) in body["files"].items()}
 
 
 def place(dst: pathlib.Path) -> pathlib.Path:
@@ -251,18 +285,17 @@ def begin(
     of: int,
     overwrite: bool,
 ) -> Iterator[Draft | None]:
-    """Begin a conversion, or go on with it, as one of `of` processes; None if it is done already.
+    """Begin a checkpoint, or go on with it, as one of `of` processes; None if it is done already.
 
     `prepare` writes the small files into a new `content`. If the block ends with a ValueError, the
     source is bad and nothing stays; with anything else, what is finished stays.
 
-    Raises ValueError if the destination is occupied, or by the work on another conversion;
-    BlockingIOError if the same process of the same conversion is at work.
+    Raises ValueError if the destination is occupied, or by the work on another one;
+    BlockingIOError if the same process of the same one is at work.
     """
     dst = pathlib.Path(os.path.abspath(dst))
+    Draft(dst, origin, process, of)._remove_if_over()
     if (of > 1 or not overwrite) and _is_done(dst, origin):
-        # The last step of all may have been cut off.
-        Draft(dst, origin, process, of)._remove()
         yield None
         return
     atomic.check_free(dst, overwrite=overwrite)
@@ -291,7 +324,7 @@ def begin(
 
 @contextlib.contextmanager
 def _alone(directory: pathlib.Path):
-    """Meanwhile nobody else begins or ends a conversion into this directory.
+    """Meanwhile nobody else begins or ends a checkpoint in this directory.
 
     Two that call themselves the same process would mix up what they prepare. Without locks, on some
     network file systems, they may.
@@ -309,8 +342,10 @@ def _is_done(dst: pathlib.Path, origin: Origin) -> bool:
     """Whether the destination is this very conversion, by its manifest and the sizes of files."""
     try:
         found = manifest.read(dst)
-        return found.origin == origin.digest and all(
-            (dst / name).stat().st_size == size for name, (size, _) in found.files.items()
+        return (
+            origin.digest is not None
+            and found.origin == origin.digest
+            and all((dst / name).stat().st_size == size for name, (size, _) in found.files.items())
         )
     except (OSError, manifest.Damaged):
         return False

@@ -13,6 +13,7 @@ from hybrid_jax.checkpoint.opened import Checkpoint
 
 DTYPE_TAGS = {"float32": "F32", "bfloat16": "BF16"}
 FP8 = "fp8"
+NO_SCALES = "Scales have names in published vocabularies only: choose `hf` or `hf-original`."
 DTYPES_TO = (*DTYPE_TAGS, FP8)
 
 
@@ -89,7 +90,7 @@ def make(
     for stored in checkpoint.source.tensors.values():
         if stored.name in left:
             info = dataclasses.replace(stored, name=names[stored.name])
-            copied = [Output(info)] if stored.name in derived else _cast(info, dtype)
+            copied = [Output(info)] if stored.name in derived else cast(info, dtype)
             copies[stored.name] = copied
     if format == "orbax":
         _check_not_empty(copies)
@@ -154,7 +155,7 @@ def _recut(checkpoint, copies, targets, names, dtype) -> dict[str, list[Output]]
                 f"{stored.name!r} is stored in FP8 and has to be cut into {target.name!r}, which "
                 "its scales do not follow. Give a dtype (--dtype bfloat16)."
             )
-        outputs[stored.name] += _cast(info, dtype, None if same else target)
+        outputs[stored.name] += cast(info, dtype, None if same else target)
     # In the order in which reading is cheapest.
     return {name: outputs[name] for name in checkpoint.source.tensors if name in outputs}
 
@@ -174,12 +175,11 @@ def _check_fp8(checkpoint: Checkpoint, format: str) -> None:
             f"{checkpoint.folder} is in FP8 already. Without --dtype its blocks are kept."
         )
     if format == "orbax" and checkpoint.description is None:
-        raise ValueError(
-            "Scales have names in published vocabularies only: convert to `hf` or `hf-original`."
-        )
+        raise ValueError(NO_SCALES)
 
 
-def _cast(info: TensorInfo, dtype: str | None, rule: Rule | None = None) -> list[Output]:
+def cast(info: TensorInfo, dtype: str | None, rule: Rule | None = None) -> list[Output]:
+    """What becomes of one tensor in another dtype: itself, or a matrix in blocks and its scales."""
     is_float = info.dtype.startswith(("F", "BF"))
     if dtype is None or not is_float:
         return [Output(info, rule)]

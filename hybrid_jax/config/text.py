@@ -45,10 +45,14 @@ def dump(config, prefix: str = "") -> str:
     return "".join(f"{path} = {value!r}\n" for path, value in _leaves(config, prefix))
 
 
+def to_yaml(config) -> str:
+    """A config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
 def write_yaml(config, path) -> None:
     """Store a config as YAML; `read_yaml` gives it back equal."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    pathlib.Path(path).write_text(text, encoding="utf-8")
+    pathlib.Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def read_yaml(cls, path):

@@ -1,7 +1,7 @@
-"""What `test_resume.py` starts: conversions in processes of their own, some of which are killed.
+"""What tests of resuming start: work in processes of their own, some of which are killed.
 
-`python -m tests.checkpoint.killed CASE SRC OUT ...` imports once and forks for every start. It
-prints what happened as JSON.
+`python -m tests.checkpoint.killed CASE ...` imports once and forks for every start. It prints what
+happened as JSON.
 """
 
 import json
@@ -9,15 +9,35 @@ import os
 import pathlib
 import random
 import signal
+import subprocess
 import sys
 
+import hybrid_jax
 from hybrid_jax.checkpoint import convert, draft, manifest
+from tests.checkpoint.models import model_of
 
+ROOT = pathlib.Path(__file__).parents[2]
 UNIT_BYTES = 4000
 
 
+def run(*arguments) -> dict:
+    """What it answers."""
+    command = [sys.executable, "-m", "tests.checkpoint.killed", *map(str, arguments)]
+    # A user's process: without the devices that tests simulate.
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = plain | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def begin(dst: pathlib.Path, *arguments, at: int | None = None, **options):
-    """Convert in a new process, killed at the `at`th thing that it does to files: (pid, answer)."""
+    """Convert in a new process, as `fork` does."""
+    return fork(dst, at, lambda: convert(arguments[0], dst, *arguments[1:], **options).written)
+
+
+def fork(dst: pathlib.Path, at: int | None, work):
+    """Work in a new process, killed at the `at`th thing that it does to files: (pid, answer)."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -26,9 +46,9 @@ def begin(dst: pathlib.Path, *arguments, at: int | None = None, **options):
         try:
             count = _watch(dst, at)
             before = io()
-            summary = convert(arguments[0], dst, *arguments[1:], **options)
+            written = work()
             passed = {name: value - before[name] for name, value in io().items()}
-            answer = {"done": count[0], "io": passed, "written": summary.written}
+            answer = {"done": count[0], "io": passed, "written": written}
         except BaseException as error:
             answer = {"error": repr(error)}
         os.write(writer, json.dumps(answer).encode())
@@ -73,6 +93,32 @@ def kill(src: str, out: str, format: str, trials: str, seed: str) -> dict:
             }
         )
     return {"whole": whole, "trials": found}
+
+
+def save(out: str, format: str, trials: str, seed: str) -> dict:
+    """Saves that are killed once each at a random moment; then all go on in one process."""
+    folder, draw, found = pathlib.Path(out), random.Random(int(seed)), []
+
+    def start(dst: pathlib.Path) -> dict:
+        said: list[str] = []
+        model = model_of()
+        before = io()["written"]
+        hybrid_jax.save(model, dst, format, shard_bytes=UNIT_BYTES, note=said.append)
+        return {"bytes": io()["written"] - before, "said": said}
+
+    whole = end(fork(folder / "whole", None, lambda: start(folder / "whole")))
+    for trial in range(int(trials)):
+        dst, at = folder / f"trial-{trial}", draw.randrange(whole["done"]) + 1
+        first = end(fork(dst, at, lambda dst=dst: start(dst)))
+        units = len(list((draft.place(dst) / "units").glob("*.json")))
+        found.append({"at": at, "first": first, "was_there": dst.exists(), "units": units})
+    # JAX begins here. What began before would not survive a fork.
+    for trial, each in enumerate(found):
+        try:
+            each["second"] = start(folder / f"trial-{trial}")
+        except ValueError as error:
+            each["second"] = {"error": str(error)}
+    return {"whole": whole["written"], "trials": found}
 
 
 def together(src: str, out: str, format: str, shard_bytes: str) -> dict:

@@ -1,11 +1,8 @@
 """A conversion that ended early goes on, and one that several processes share is the same one."""
 
 import contextlib
-import json
 import os
 import pathlib
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -14,10 +11,9 @@ import pytest
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import conversion, convert, draft, manifest
 from scripts import bench_conversion
-from tests.checkpoint import published
+from tests.checkpoint import killed, published
 from tests.checkpoint.published import original_config
 
-ROOT = pathlib.Path(__file__).parents[2]
 Q = "model.layers.2.self_attn.q_proj.weight"
 
 
@@ -27,16 +23,6 @@ def _source(tmp_path, **changes):
     (directory := published.write_directory(tmp_path / "src", config, tensors, shards=2))
     (directory / "tokenizer.json").write_text("{}")
     return directory, tensors
-
-
-def _killed(*arguments) -> dict:
-    command = [sys.executable, "-m", "tests.checkpoint.killed", *map(str, arguments)]
-    # A user's process: without the devices that tests simulate.
-    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment = plain | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _files(directory) -> dict[str, bytes]:
@@ -54,7 +40,7 @@ def test_killed_at_20_random_moments_it_resumes_and_the_result_is_identical(tmp_
     source, tensors = _source(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    found = _killed("kill", source, out, format, trials, seed)
+    found = killed.run("kill", source, out, format, trials, seed)
     whole = manifest.read(out / "whole")
     for number, trial in enumerate(found["trials"]):
         print(trial)
@@ -85,7 +71,7 @@ def test_two_processes_read_and_write_about_half_each(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     total = sum(len(data) for _, _, data in tensors.values())
-    found = _killed("together", source, out, "hf-original", 5_000_000)
+    found = killed.run("together", source, out, "hf-original", 5_000_000)
     for process in found["processes"]:
         # A shard more or less, headers, and what Python itself reads.
         for count in (*process["io"].values(), process["written"]):
@@ -236,7 +222,7 @@ def test_one_process_that_fails_ends_all(tmp_path, monkeypatch):
     second = threading.Thread(target=start, args=(1,), kwargs={"progress": hold})
     second.start()
     assert began.wait(60)
-    with pytest.raises(BlockingIOError, match=r"is being converted by process \d+ on "):
+    with pytest.raises(BlockingIOError, match=r"is being written by process \d+ on "):
         convert(source, tmp_path / "dst", "hf-original", shard_bytes=4000, process=1, of=2)
     with pytest.raises(ValueError, match="another number of processes than 3"):
         convert(source, tmp_path / "dst", "hf-original", shard_bytes=4000, process=0, of=3)
@@ -312,7 +298,7 @@ def test_what_is_no_draft_is_neither_used_nor_removed(tmp_path, there):
             (work / "content").mkdir()
             (work / "conversion.json").write_text(there)
     before = _files(tmp_path)
-    with pytest.raises(ValueError, match=r"is no unfinished conversion .*choose another"):
+    with pytest.raises(ValueError, match=r"is no unfinished checkpoint .*choose another"):
         convert(source, tmp_path / "dst", "hf-original")
     assert _files(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == [work.name, "src"]

@@ -56,19 +56,12 @@ class OrbaxLayout:
             protocol.check_planned(info, array)
             # It makes one dim of none, which are other digests.
             arrays[info.name] = np.ascontiguousarray(array).reshape(info.shape)
-        path = group_path(directory, number)
+        path = clear(directory, number)
         path.parent.mkdir(exist_ok=True)
-        for left in path.parent.glob(f"{path.name}*"):
-            shutil.rmtree(left)
         # Orbax cannot store an empty dim list; a scalar goes as one value.
         save(path, {name: np.atleast_1d(array) for name, array in arrays.items()})
-        # Orbax writes the files; it tells nobody what it put there. They are in the page cache.
-        files = {
-            f"{path.parent.name}/{path.name}/{name}": found
-            for name, found in manifest.hash_files(path).items()
-        }
         described = {name: digests.whole(name, array) for name, array in arrays.items()}
-        return protocol.Written(files, described)
+        return protocol.Written(hash_group(path), described)
 
     def finish(self, directory: pathlib.Path, arrays: Mapping[str, digests.Array]) -> None:
         """Write the index."""
@@ -89,6 +82,25 @@ class OrbaxLayout:
             "tensors": entries,
         }
         atomic.write_text(directory / INDEX_NAME, json.dumps(index, indent=1) + "\n")
+
+
+def clear(directory: pathlib.Path, number: int) -> pathlib.Path:
+    """Remove what an earlier attempt has left of a group; returns its place."""
+    path = group_path(directory, number)
+    for left in path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(left)
+    return path
+
+
+def hash_group(path: pathlib.Path, number: int = 0, of: int = 1) -> dict[str, tuple[int, str]]:
+    """Files of a group that fall to one of `of` processes, as the manifest names them.
+
+    Orbax writes them, and tells nobody what it put there. They are in the page cache.
+    """
+    return {
+        f"{path.parent.name}/{path.name}/{name}": found
+        for name, found in manifest.hash_files(path, number, of).items()
+    }
 
 
 def save(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

@@ -65,10 +65,13 @@ class SafetensorsLayout:
         return protocol.Written({shard.name: (shard.size, whole.hexdigest())}, arrays)
 
     def reserve(self, directory: pathlib.Path, number: int) -> None:
-        """Make a file of the final size with its header, for several to write the tensors."""
+        """Make a file of the final size with its header, for several to write the tensors.
+
+        What an earlier start has left of it stays.
+        """
         shard = self.units[number]
         path = directory / shard.name
-        path.touch(exist_ok=False)
+        path.touch()
         with opened(path) as fd:
             os.truncate(fd, shard.size)
             write_at(path, fd, memoryview(shard.header), 0)

@@ -172,6 +172,11 @@ def with_dtype(values: dict, dtype: str) -> dict:
     return values | dict.fromkeys(names, dtype)
 
 
+def dump(values: dict) -> str:
+    """A config.json as transformers lays it out."""
+    return json.dumps(values, indent=2) + "\n"
+
+
 def with_fp8(values: dict) -> dict:
     """A config.json after the matrices of layers became FP8 blocks, as M2's says it."""
     rows, columns = fp8.BLOCK
