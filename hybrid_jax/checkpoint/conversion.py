@@ -90,7 +90,9 @@ class Conversion:
         if names and self._kept is not None and self._kept[0] == names[0]:
             yield self._kept
             names = names[1:]
-        self._kept = None
+        if any(self._units_of[name] > 1 for name in names):
+            # One at a time: it may be a whole stack.
+            self._kept = None
         dequantize = self.job.dtype is not None
         for name, array in self.checkpoint.read(
             names, dequantize=dequantize, check_finite=self.job.check_finite

@@ -135,13 +135,15 @@ def _write(
         if progress is not None:
             progress(done, total, name)
 
-    if workers is None:
-        # Less is done before another process has begun.
-        workers = max(1, min(len(os.sched_getaffinity(0)), 4, (total - begun) // 10**9))
-    peak = workers_lib.run(
-        work, draft, process, conversions.shares(work.layout, left, workers), told
-    )
+    shares = conversions.shares(work.layout, left, workers or workers_for(total - begun))
+    peak = workers_lib.run(work, draft, process, shares, told)
     return done - begun, peak
+
+
+def workers_for(nbytes: int) -> int:
+    """How many local processes write so many bytes if nobody says."""
+    # Less than 1 GB is written before another process has begun.
+    return max(1, min(len(os.sched_getaffinity(0)), 4, nbytes // 10**9))
 
 
 def _check_arguments(src, dst, format: str, dtype: str | None, counts) -> None:

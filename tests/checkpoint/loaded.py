@@ -38,6 +38,9 @@ def main(directory: str, orbax: str) -> int:
     # Of this process alone.
     whole = leaves.arrays(hybrid_jax.load(directory, dtype="bfloat16"))
     total = sources[-1].bytes_read
+    if processes.is_first():
+        # Orbax would have it wait for the others.
+        hybrid_jax.load(orbax, dtype="bfloat16")
 
     def check(path, placement) -> None:
         model = hybrid_jax.load(path, dtype="bfloat16", placement=placement)

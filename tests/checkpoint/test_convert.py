@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax import cli
-from hybrid_jax.checkpoint import convert
+from hybrid_jax.checkpoint import convert, opened
+from hybrid_jax.checkpoint.formats.orbax import OrbaxDirectory
 from tests.checkpoint import published
 from tests.checkpoint.published import FP8_CONFIG, m2_config, native_config, original_config
 
@@ -113,7 +114,9 @@ def test_a_dtype_never_narrows_routers_and_decay_tables(tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_fused_experts_stay_fused_in_hf_and_are_taken_apart_in_the_released_names(tmp_path):
+def test_fused_experts_stay_fused_in_hf_and_are_taken_apart_in_the_released_names(
+    tmp_path, monkeypatch
+):
     config = native_config()
     tensors = published.tensors(config, np.float32)
     fused = {}
@@ -129,8 +132,14 @@ def test_fused_experts_stay_fused_in_hf_and_are_taken_apart_in_the_released_name
         fused[f"{new}.experts.down_proj"] = np.stack([one(e, "w2") for e in range(3)])
     source = published.write_directory(tmp_path / "src", config, fused)
     convert(source, tmp_path / "orbax", "orbax")
-    convert(tmp_path / "orbax", tmp_path / "original", "hf-original")
+    sources = []
+    opened_one = lambda path: sources.append(OrbaxDirectory(path)) or sources[-1]
+    monkeypatch.setattr(opened.orbax, "OrbaxDirectory", opened_one)
+    # Each file gets a matrix or two, and all experts are read once.
+    convert(tmp_path / "orbax", tmp_path / "original", "hf-original", shard_bytes=1000)
     assert published.read_directory(tmp_path / "original") == published.stored(tensors)
+    (orbax,) = sources
+    assert orbax.bytes_read == sum(info.nbytes for info in orbax.tensors.values())
     convert(tmp_path / "orbax", tmp_path / "hf", "hf")
     found = published.read_directory(tmp_path / "hf")
     assert {name: found[name] for name in fused} == published.stored(fused)

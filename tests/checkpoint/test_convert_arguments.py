@@ -6,6 +6,7 @@ import pytest
 
 from hybrid_jax import cli
 from hybrid_jax.checkpoint import convert
+from hybrid_jax.checkpoint.convert import workers_for
 from tests.checkpoint import published
 from tests.checkpoint.published import original_config
 
@@ -69,3 +70,9 @@ def test_arguments_and_sources_that_make_no_sense_are_refused(tmp_path, capsys):
     published.write_safetensors(tmp_path / "empty" / "model.safetensors", {})
     with pytest.raises(ValueError, match=r"config.json is missing"):
         convert(tmp_path / "empty", tmp_path / "dst", "hf")
+
+
+def test_of_itself_it_takes_a_process_for_each_gb_and_core_and_no_more_than_four(monkeypatch):
+    for cores, nbytes, wanted in ((2, 9e8, 1), (2, 8e9, 2), (8, 3.5e9, 3), (8, 9e11, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert workers_for(int(nbytes)) == wanted
