@@ -19,6 +19,12 @@ class Box:
         return cls((0,) * len(shape), tuple(shape))
 
     @classmethod
+    def at(cls, begin: Sequence[int], shape: Sequence[int]) -> "Box":
+        """So many values in every dim from `begin` on."""
+        end = (first + size for first, size in zip(begin, shape, strict=True))
+        return cls(tuple(begin), tuple(end))
+
+    @classmethod
     def of(cls, index: Sequence[slice], shape: Sequence[int]) -> "Box":
         """What slices without a step take, as `jax.sharding` hands them to whoever fills arrays."""
         bounds = [item.indices(size) for item, size in zip(index, shape, strict=True)]

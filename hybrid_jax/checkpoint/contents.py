@@ -10,6 +10,7 @@ import numpy as np
 from hybrid_jax import model as models
 from hybrid_jax.checkpoint import decay_tables, hf_config, leaves, pieces
 from hybrid_jax.checkpoint import plan as plans
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.formats.orbax import OrbaxLayout
 from hybrid_jax.checkpoint.formats.protocol import TAGS, TensorInfo
 from hybrid_jax.checkpoint.formats.safetensors_writer import SafetensorsLayout
@@ -47,14 +48,12 @@ class Contents:
         rule = self.rules[name]
         return self.outputs[name].make(pieces.whole(rule, self.arrays[rule.leaf]), None)
 
-    def boxes(
-        self, name: str, mine: Sequence[pieces.Piece]
-    ) -> Iterator[tuple[pieces.Box, np.ndarray]]:
+    def boxes(self, name: str, mine: Sequence[pieces.Piece]) -> Iterator[tuple[Box, np.ndarray]]:
         """Pieces of a tensor that this process holds."""
         for piece in mine:
             if piece.parts is None:
                 array = self.whole(name)
-                yield pieces.Box((0,) * array.ndim, array.shape), array
+                yield Box.whole(array.shape), array
             else:
                 rule, output = self.rules[name], self.outputs[name]
                 for part in piece.parts:

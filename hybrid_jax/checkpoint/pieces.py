@@ -14,15 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.names.rules import Rule
-
-
-@dataclasses.dataclass(frozen=True)
-class Box:
-    """A part of an array."""
-
-    begin: tuple[int, ...]
-    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +37,7 @@ def deal(rules: Sequence[Rule], arrays: Mapping[str, jax.Array]) -> dict[str, li
     dealt: dict[str, list[Piece]] = {}
     for rule in rules:
         size = np.dtype(arrays[rule.leaf].dtype).itemsize
-        parts = {
-            box: who for box, who in holders[rule.leaf].items() if _local(rule, box) is not None
-        }
+        parts = {box: who for box, who in holders[rule.leaf].items() if rule.share(box)}
         every = frozenset.intersection(*parts.values())
         jobs = [(None, every)] if every else [((box,), who) for box, who in parts.items()]
         dealt[rule.name] = []
@@ -60,19 +51,19 @@ def deal(rules: Sequence[Rule], arrays: Mapping[str, jax.Array]) -> dict[str, li
 
 def whole(rule: Rule, array: jax.Array) -> np.ndarray:
     """A published tensor of which this process holds every part."""
-    block = None
+    published = None
     for box, shard in _shards(array).items():
-        local = _local(rule, box)
-        if local is None:
+        share = rule.share(box)
+        if share is None:
             continue
-        begin, found = _kept(rule, box.begin), np.asarray(shard[local])
-        if found.shape == rule.block_shape:
-            return rule.from_block(found)
-        if block is None:
-            block = np.empty(rule.block_shape, found.dtype)
-        block[tuple(slice(b, b + n) for b, n in zip(begin, found.shape, strict=True))] = found
-    assert block is not None, rule.name
-    return rule.from_block(block)
+        found = _cut(rule, box, shard)
+        if found.shape == rule.split_shape:
+            return found.reshape(rule.shape)
+        if published is None:
+            published = np.empty(rule.split_shape, found.dtype)
+        published[share.slices] = found
+    assert published is not None, rule.name
+    return published.reshape(rule.shape)
 
 
 def parts(rule: Rule, array: jax.Array, box: Box) -> Iterator[tuple[Box, np.ndarray]]:
@@ -82,13 +73,13 @@ def parts(rule: Rule, array: jax.Array, box: Box) -> Iterator[tuple[Box, np.ndar
 
 def published(rule: Rule, box: Box, part) -> Iterator[tuple[Box, np.ndarray]]:
     """The rule's share of a part of a leaf, as boxes of the published tensor."""
-    found = np.asarray(part[_local(rule, box)])
-    begin = _kept(rule, box.begin)
-    split = rule.split or rule.shape
-    if rule.order:
-        back = np.argsort(rule.order)
-        found, begin = found.transpose(back), tuple(begin[i] for i in back)
-    return _fused(found, begin, split, rule.shape)
+    share = rule.share(box)
+    assert share is not None, f"{rule.name} has nothing in {box} of {rule.leaf}"
+    return _fused(_cut(rule, box, part), share.begin, rule.split_shape, rule.shape)
+
+
+def _cut(rule: Rule, box: Box, part) -> np.ndarray:
+    return rule.to_share(np.asarray(part[rule.within(box)]))
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, tuple]]:
@@ -111,46 +102,18 @@ def _holders(array: jax.Array) -> dict[Box, frozenset[int]]:
     found: dict[Box, set[int]] = {}
     places: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
     for device, index in places.items():
-        found.setdefault(_box(index, array.shape), set()).add(device.process_index)
+        found.setdefault(Box.of(index, array.shape), set()).add(device.process_index)
     return {box: frozenset(who) for box, who in found.items()}
 
 
 def _shards(array: jax.Array) -> dict[Box, jax.Array]:
     """What this process holds of a leaf, each part once."""
-    return {_box(shard.index, array.shape): shard.data for shard in array.addressable_shards}
-
-
-def _box(index, shape) -> Box:
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    return Box(tuple(begin for begin, _ in bounds), tuple(end - begin for begin, end in bounds))
-
-
-def _local(rule: Rule, box: Box) -> tuple | None:
-    """The rule's block in a part of its leaf, as an index; None if it has nothing there."""
-    index: list[int | slice] = []
-    for wanted, begin, size in zip(_picks(rule, len(box.shape)), box.begin, box.shape, strict=True):
-        if wanted is None:
-            index.append(slice(None))
-        elif begin <= wanted < begin + size:
-            index.append(wanted - begin)
-        else:
-            return None
-    return tuple(index)
-
-
-def _picks(rule: Rule, dims: int) -> tuple[int | None, ...]:
-    """One item a dim of the leaf: which number of it the block has, None for all."""
-    return rule.index + (None,) * (dims - len(rule.index))
-
-
-def _kept(rule: Rule, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Of one number a dim of the leaf, those of the dims of the block."""
-    picks = _picks(rule, len(sizes))
-    return tuple(size for size, item in zip(sizes, picks, strict=True) if item is None)
+    return {Box.of(shard.index, array.shape): shard.data for shard in array.addressable_shards}
 
 
 def _count(rule: Rule, box: Box) -> int:
-    return math.prod(_kept(rule, box.shape))
+    share = rule.share(box)
+    return 0 if share is None else share.size
 
 
 def _fused(
@@ -170,7 +133,7 @@ def _fused(
         place = tuple(first for first, _, _ in chosen)
         sizes = tuple(count for _, count, _ in chosen)
         index = tuple(item for _, _, local in chosen for item in local)
-        yield Box(place, sizes), found[index].reshape(sizes)
+        yield Box.at(place, sizes), found[index].reshape(sizes)
 
 
 def _ranges(begin, counts, sizes) -> Iterator[tuple[int, int, tuple]]:

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax.checkpoint import atomic, digests, manifest, origin, pieces, sidecars
 from hybrid_jax.checkpoint import draft as drafts
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.contents import Contents
 from hybrid_jax.checkpoint.formats import orbax, protocol, safetensors_writer
 from hybrid_jax.checkpoint.formats.files import Folder
@@ -182,7 +183,7 @@ def _write_shard(
         for info, found in mine.items():
             held = _held(contents, info, found)
             for begin, array in held.parts.items():
-                for place, index in pieces.runs(pieces.Box(begin, array.shape), info.shape):
+                for place, index in pieces.runs(Box.at(begin, array.shape), info.shape):
                     first = shard.begins[info.name] + place * array.itemsize
                     data = array[index].reshape(-1).view(np.uint8).data
                     safetensors_writer.write_at(path, fd, data, first)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import hybrid_jax
 from hybrid_jax.checkpoint import convert, digests, draft, leaves, manifest, pieces
+from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.names.rules import Rule
 from tests.checkpoint import killed, published
 from tests.checkpoint.models import LARGE, SHARD_BYTES, model_of, placed
@@ -245,14 +246,13 @@ def test_a_box_of_a_leaf_lies_where_the_published_tensor_has_it(drawn):
     leaf = np.stack([np.zeros_like(rule.to_block(wanted)), rule.to_block(wanted)])
     cut = tuple(slice(b, b + n) for b, n in zip(begin, counts, strict=True))
     part = leaf[(slice(1, 2), *cut)]
-    box = pieces.Box((1, *begin), part.shape)
+    box = Box.at((1, *begin), part.shape)
     flat = np.full(wanted.size, -1)
     for place, array in pieces.published(rule, box, part):
         for first, index in pieces.runs(place, shape):
             run = array[index].reshape(-1)
             assert (flat[first : first + run.size] == -1).all()
             flat[first : first + run.size] = run
-        here = tuple(slice(b, b + n) for b, n in zip(place.begin, place.shape, strict=True))
-        assert np.array_equal(wanted[here], array)
+        assert np.array_equal(wanted[place.slices], array)
     inside = np.isin(wanted.reshape(-1), part)
     assert np.array_equal(flat, np.where(inside, wanted.reshape(-1), -1))

@@ -88,6 +88,17 @@ class Rule:
         picks = tuple(dim for dim, _ in self._picks)
         return np.expand_dims(values.transpose(self._order), picks)
 
+    def within(self, part: Box) -> tuple[int | slice, ...]:
+        """The block's values in a part of the leaf that has some, as an index into that part."""
+        index: list[int | slice] = [slice(None)] * len(part.begin)
+        for dim, item in self._picks:
+            index[dim] = item - part.begin[dim]
+        return tuple(index)
+
+    def to_share(self, values: np.ndarray) -> np.ndarray:
+        """What lies in the leaf `within` a part as its `share` of the published tensor; a view."""
+        return values.transpose(np.argsort(self._order))
+
     def indices(self, share: Box) -> list[np.ndarray]:
         """Of each dim of the published shape, which indices a share takes, ascending."""
         sizes = list(zip(self.split_shape, share.begin, share.end, strict=True))
