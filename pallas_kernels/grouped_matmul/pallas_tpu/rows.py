@@ -283,10 +283,10 @@ def _accumulate(plan, rows, row_refs, matrices, sum_refs, depth) -> None:
 
 
 def _product(plan, row_ref, matrix: Matrix, rows, block, start):
-    """Of some rows and the chunk of a matrix from `start` on, in the block of depth from `block` on.
+    """Of some rows and the chunk of a matrix from `start` on, in the block that begins at `block`.
 
-    Values in eight bits are exact in the rows' dtype. So it is their products that are multiplied
-    by the scales, and fewer numbers than the values where rows are few.
+    Values in eight bits are exact in the rows' dtype, so their products are multiplied by scales:
+    fewer numbers than the values where rows are few.
     """
     transposed = plan.product.transposed
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
