@@ -68,11 +68,12 @@ def _on_tpu(narrow: Narrow, x_RD, gate_up, down, *_) -> Callable:
     fallback = functools.partial(cut_out_narrow, widen=narrow.widen)
     if apart is None:
         return fallback
-    if pallas_tpu_narrow.why_not(x_RD, *(Weight(*apart(w)) for w in (gate_up, down))) is not None:
+    weights = Weight(*apart(gate_up)), Weight(*apart(down))
+    if pallas_tpu_narrow.why_not(x_RD, *weights) is not None:
         return fallback
 
     def kernels(x_RD, gate_up, down, group_sizes_E, layer_idx):
-        weights = (Weight(*apart(w)) for w in (gate_up, down))
+        weights = Weight(*apart(gate_up)), Weight(*apart(down))
         return pallas_tpu_narrow.grouped_swiglu(x_RD, *weights, group_sizes_E, layer_idx)
 
     return kernels

@@ -115,8 +115,8 @@ def multiply(
     plan = _plan(product, rows, inputs, outputs, group_sizes_E, group_offset)
     scalars = plan.order.scalars
     axes = jax.typeof(rows[0].array).manual_axis_type
-    scaled = [x for x in matrices if x.scales is not None]
-    operands = [*(x.array for x in (*rows, *matrices)), *(x.scales.array_EPSN for x in scaled)]
+    scaled = [(x.part, x.scales.array_EPSN) for x in matrices if x.scales is not None]
+    operands = [*(x.array for x in (*rows, *matrices)), *(array for _, array in scaled)]
     first_input = len(scalars) + len(operands)
     tile_spec = functools.partial(_tile_spec, plan)
     return pl.pallas_call(
@@ -128,7 +128,7 @@ def multiply(
             in_specs=[
                 *(_rows_spec(plan, x) for x in rows),
                 *(_matrix_spec(plan, x) for x in matrices),
-                *(_scale_spec(plan, x) for x in scaled),
+                *(_scale_spec(plan, *x) for x in scaled),
                 *map(tile_spec, inputs),
             ],
             out_specs=[*map(tile_spec, outputs)],
@@ -186,12 +186,12 @@ def _matrix_spec(plan: Plan, factor: Factor) -> pl.BlockSpec:
     )
 
 
-def _scale_spec(plan: Plan, factor: Factor) -> pl.BlockSpec:
+def _scale_spec(plan: Plan, part: int, array_EPSN) -> pl.BlockSpec:
     """Of the whole depth: there are few."""
-    group, count = plan.order.group, factor.scales.array_EPSN.shape[2]
+    group, count = plan.order.group, array_EPSN.shape[2]
     return pl.BlockSpec(
         (None, None, count, plan.tiles.columns),
-        lambda n, v, k, *refs: (group(v, refs), factor.part, 0, n),
+        lambda n, v, k, *refs: (group(v, refs), part, 0, n),
     )
 
 
