@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybrid_jax.model.params import matrix_dims
+from pallas_kernels.grouped_swiglu.stacked import Narrow
 from sharding import Logical
 
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -129,9 +130,11 @@ def one_of(weight, idx):
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, idx, keepdims=False), weight)
 
 
-def widener(weights):
-    """`wide` for an op that takes plain arrays alone unless told how to widen; None for those."""
-    return wide if is_quantized(weights) else None
+def narrow(weights) -> Narrow | None:
+    """How an op that knows plain arrays alone reads quantised weights; None for plain arrays."""
+    if not is_quantized(weights):
+        return None
+    return Narrow(wide, lambda weight: (weight.qvalue, weight.scale, weight.qtype))
 
 
 def is_quantized(weight) -> bool:

@@ -12,7 +12,8 @@ from pallas_kernels.grouped_matmul import pallas_tpu as products
 from pallas_kernels.grouped_matmul.api import among_all
 from pallas_kernels.grouped_matmul.pallas_tpu import matrices, rows
 
-_EACH = (((0, 0),), ((0, 1),))
+EACH = (((0, 0),), ((0, 1),))
+"""Sums of gate and up."""
 _ONE = (((0, 0),),)
 _ADDED = (((0, 0), (1, 1)),)
 
@@ -28,7 +29,7 @@ def grouped_swiglu(
     """out_RD as in api.grouped_swiglu."""
     outputs = [_like(x_RD, x_RD.shape[0], down_EFD.shape[1])]
     (act_RF,) = _gate_up(
-        _activate, x_RD, gate_up_EDX, outputs, group_sizes_E, group_offset, interpret
+        activate, x_RD, gate_up_EDX, outputs, group_sizes_E, group_offset, interpret
     )
     return products.forward(act_RF, down_EFD, group_sizes_E, group_offset, interpret=interpret)
 
@@ -84,20 +85,21 @@ def _like(x_RD, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _gate_up(epilogue, x_RD, gate_up_EDX, outputs, group_sizes_E, group_offset, interpret):
-    product = rows.Product("grouped_swiglu_gate_up", _EACH, epilogue)
+    product = rows.Product("grouped_swiglu_gate_up", EACH, epilogue)
     factors = [rows.Factor(x_RD)], [rows.Factor(gate_up_EDX, part) for part in (0, 1)]
     return rows.multiply(
         product, *factors, [], outputs, group_sizes_E, group_offset, interpret=interpret
     )
 
 
-def _activate(tile, sums, inputs, outputs) -> None:
+def activate(tile, sums, inputs, outputs) -> None:
+    """The epilogue that makes the activation of gate and up."""
     gate, up = sums
     tile.store(outputs[0], gate * jax.nn.sigmoid(gate) * up)
 
 
 def _activate_and_keep(tile, sums, inputs, outputs) -> None:
-    _activate(tile, sums, inputs, outputs)
+    activate(tile, sums, inputs, outputs)
     for part, value in enumerate(sums):
         tile.store(outputs[1], value, part)
 

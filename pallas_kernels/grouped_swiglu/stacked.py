@@ -2,14 +2,25 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels import target, varying
 from pallas_kernels.grouped_matmul.mosaic_gpu import LEAST_ROWS
-from pallas_kernels.grouped_swiglu import xla
+from pallas_kernels.grouped_swiglu import pallas_tpu_narrow, xla
 from pallas_kernels.grouped_swiglu.api import grouped_swiglu
+from pallas_kernels.grouped_swiglu.pallas_tpu_narrow import Weight
+
+
+class Narrow(NamedTuple):
+    """What to make of weights that are trees of arrays: values in eight bits and scales, say."""
+
+    widen: Callable[[Any, Any], jax.Array]
+    """(a part cut out of all arrays of a weight, dtype) -> one array."""
+    apart: Callable[[Any], tuple[jax.Array, jax.Array, Any]] | None = None
+    """weight -> (values, scales, dtype of the values) as `pallas_tpu_narrow.Weight` has them, for
+    kernels that widen by themselves; None for what is not of this kind."""
 
 
 def _cast(w, dtype):
@@ -23,33 +34,49 @@ def grouped_swiglu_of_layer(
     group_sizes_E: jax.Array,
     layer_idx: jax.Array,
     *,
-    widen: Callable[[Any, Any], jax.Array] | None = None,
+    narrow: Narrow | None = None,
 ) -> jax.Array:
     """`grouped_swiglu` with the weights of layer `layer_idx`, in x's dtype: out_RD. No gradient.
 
-    Where the implementation can, only matrices of groups with rows are read. On TPU one layer is
-    cut out first: [2, F] and [2F] lie differently there, and a program that joins the two dims of
-    all layers holds the weights twice.
+    Where the implementation can, only matrices of groups with rows are read. On TPU one layer of
+    weights that are arrays is cut out first: [2, F] and [2F] lie differently there, and a program
+    that joins the two dims of all layers holds the weights twice.
 
     Args:
-      widen: None for weights that are arrays. Otherwise each is a tree of arrays with dims L and E
-        (say, values in eight bits and their scales), and `widen(part, dtype)` makes one array of
-        what is cut out of all of them. That is one matrix at a time, just before it is multiplied,
-        where few rows make a kernel for many pointless; else the matrices of one layer.
+      narrow: None for weights that are arrays. Otherwise each is a tree of arrays with dims L and
+        E. On TPUs kernels read eight bits and widen a block at a time, where they can serve the
+        call. Elsewhere one matrix is widened at a time, just before it is multiplied, where few
+        rows make a kernel for many pointless; else the matrices of one layer.
     """
-    spread: Callable = in_place
-    cut: Callable = cut_out
-    elsewhere = spread
-    if widen is not None:
-        spread = functools.partial(one_by_one, widen=widen)
-        cut = functools.partial(cut_out, widen=widen)
-        is_much = x_RD.shape[0] >= LEAST_ROWS * group_sizes_E.shape[0]
-        elsewhere = cut if is_much else spread
-    on_tpu = cut if widen is None else functools.partial(cut_out_narrow, widen=widen)
-    special = {"tpu": on_tpu, "cpu": spread}
-    branches = {place: special.get(place, elsewhere) for place in target.TARGETS}
     arrays = varying.alike(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx)
+    if narrow is None:
+        special: dict[str, Callable] = {"tpu": cut_out, "cpu": in_place}
+        elsewhere: Callable = in_place
+    else:
+        one_layer = functools.partial(cut_out, widen=narrow.widen)
+        one_matrix = functools.partial(one_by_one, widen=narrow.widen)
+        is_much = x_RD.shape[0] >= LEAST_ROWS * group_sizes_E.shape[0]
+        elsewhere = one_layer if is_much else one_matrix
+        special = {"tpu": _on_tpu(narrow, *arrays), "cpu": one_matrix}
+    branches = {place: special.get(place, elsewhere) for place in target.TARGETS}
     return target.select(branches, *arrays)
+
+
+def _on_tpu(narrow: Narrow, x_RD, gate_up, down, *_) -> Callable:
+    """The kernels that take narrow weights as they lie, or what serves where they cannot."""
+    apart = narrow.apart
+    fallback = functools.partial(cut_out_narrow, widen=narrow.widen)
+    if apart is None:
+        return fallback
+    weights = Weight(*apart(gate_up)), Weight(*apart(down))
+    if pallas_tpu_narrow.why_not(x_RD, *weights) is not None:
+        return fallback
+
+    def kernels(x_RD, gate_up, down, group_sizes_E, layer_idx):
+        weights = Weight(*apart(gate_up)), Weight(*apart(down))
+        return pallas_tpu_narrow.grouped_swiglu(x_RD, *weights, group_sizes_E, layer_idx)
+
+    return kernels
 
 
 def in_place(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx) -> jax.Array:
@@ -80,7 +107,7 @@ def cut_out(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx, *, widen=_
 
 
 def cut_out_narrow(x_RD, gate_up_LED2F, down_LEFD, group_sizes_E, layer_idx, *, widen) -> jax.Array:
-    """As `cut_out`, of weights in eight bits on TPUs.
+    """As `cut_out`, of weights in eight bits on TPUs whose kernels cannot take them.
 
     The compiler takes [D, 2, F] of bytes as [2, D, F] there, since two rows of bytes fill half a
     tile: cut out otherwise, all layers are laid out anew with that padding. Joined after it is

@@ -17,7 +17,7 @@ from hybrid_jax.inference import shapes
 from hybrid_jax.model import quantized
 from hybrid_jax.model.parallel import placed
 from hybrid_jax.model.parallel import placement as placements
-from pallas_kernels.grouped_swiglu import stacked
+from pallas_kernels.grouped_swiglu import pallas_tpu_narrow, stacked
 from sharding import Logical, rules
 from tests.inference import answering
 from tests.model import configs
@@ -170,8 +170,8 @@ def test_columns_of_a_release_divide_over_eight_devices():
 
 
 @pytest.mark.parametrize("scheme", quantized.DTYPES)
-def test_gate_and_up_that_are_joined_before_they_are_widened_are_the_same(scheme):
-    # As TPUs do it; two blocks of 8 in each dim of a matrix.
+def test_what_tpus_read_in_eight_bits_or_join_before_they_widen_it_is_the_same(scheme):
+    # Two blocks of 8 in each dim of a matrix.
     L, E, D, F = 2, 3, 16, 16
     draw = np.random.default_rng(0)
 
@@ -184,12 +184,16 @@ def test_gate_and_up_that_are_joined_before_they_are_widened_are_the_same(scheme
     down = weight((Logical.FFN, Logical.MODEL), F, D)
     x = jnp.asarray(draw.standard_normal((7, D)), jnp.float32)
     arguments = x, gate_up, down, jnp.array([3, 0, 4], jnp.int32), jnp.int32(1)
-    expected, found = (
+    expected, joined = (
         jax.jit(functools.partial(function, widen=quantized.wide))(*arguments)
         for function in (stacked.cut_out, stacked.cut_out_narrow)
     )
-    # The same products; fused differently, so rounded differently.
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    apart = quantized.narrow((gate_up, down)).apart
+    weights = (pallas_tpu_narrow.Weight(*apart(w)) for w in (gate_up, down))
+    read = pallas_tpu_narrow.grouped_swiglu(x, *weights, *arguments[3:], interpret=True)
+    for found in (joined, read):
+        # The same products; fused differently, or scaled later, so rounded differently.
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", quantized.DTYPES)

@@ -1,11 +1,6 @@
-"""Released models decode with weights in eight bits, say compilers for devices that are not here.
+"""Released models decode in eight bits on half of the chips, say compilers for these."""
 
-On half of the GPUs that bfloat16 needs. TPUs need as many as for bfloat16, for now.
-"""
-
-import dataclasses
 import math
-import re
 
 import jax
 import pytest
@@ -65,19 +60,35 @@ def test_half_of_the_gpus_hold_a_release_and_widen_one_expert_at_a_time(
     assert held <= 0.92 * targets.CHIPS["h200"].hbm_bytes
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_a_tpu_widens_one_layer_at_a_time_but_lays_out_all_layers_anew(scheme):
-    # Four of M2's 62 layers.
-    config = dataclasses.replace(presets.get("minimax-m2"), repeats=4)
-    compiled, params, state, wide = _decode(config, scheme, "v5p:2x2x1", "tensor=4")
+# Of lightning layers XLA turns the values of `qkv` and `gate` into another layout: decision 18.
+TURNED = 4 * 70 * 6144 * 1024
+
+
+@pytest.mark.parametrize(
+    ("preset", "scheme", "target", "mesh", "turned"),
+    [
+        ("minimax-text-01", "int8", "v5p:2x2x2", "tensor=8", TURNED),
+        ("minimax-m2", "int8", "v5p:2x2x1", "tensor=4", 0),
+        ("minimax-m2", "fp8", "v5p:2x2x1", "tensor=4", 0),
+        # Another generation, experts over devices too.
+        ("minimax-m2", "fp8", "v6e:4x4", "expert=4,tensor=4", 0),
+    ],
+)
+def test_half_of_the_tpus_hold_a_release_and_read_eight_bits_where_they_lie(
+    preset, scheme, target, mesh, turned
+):
+    config = presets.get(preset)
+    compiled, params, state, wide = _decode(config, scheme, target, mesh)
     memory = compiled.memory_analysis()
-    # Of four layers head and embedding, which stay as they are, are 5 % in bfloat16.
-    assert memory.argument_size_in_bytes - _bytes(state) < 0.55 * _bytes(wide)
-    gate_up, down = (math.prod(shape) for shape in _experts_of(params))
-    found = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", compiled.as_text())
-    assert max(math.prod(map(int, shape.split(","))) for shape in found) <= gate_up / 4
-    # The compiler takes bytes from outside in tiles of 32 rows, and has them in tiles of 8 inside
-    # the loop over layers: all are copied once. Beside these there is one layer cut out, joined,
-    # and in bfloat16 or, of FP8, its scales for each value.
-    copies, layer = gate_up + down, (gate_up + down) / 4
-    assert memory.temp_size_in_bytes < copies + (1 + 1 + 4) * layer
+    # Half, and scales, head and embedding, which are 4 % of a device's part where experts are
+    # split over more devices than they.
+    assert memory.argument_size_in_bytes - _bytes(state) < 0.52 * _bytes(wide)
+    # What is there beside weights and state, caches of one layer and scales laid out anew above
+    # all, leaves no room for one layer's experts in eight bits, let alone in more.
+    layer = sum(math.prod(shape[2:]) for shape in _experts_of(params))
+    assert memory.temp_size_in_bytes < turned + layer
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert held <= 0.92 * targets.CHIPS[target.partition(":")[0]].hbm_bytes
+    if target.startswith("v5p"):
+        # In bfloat16 the weights alone are more than there is.
+        assert _bytes(wide) > 0.92 * targets.CHIPS["v5p"].hbm_bytes

@@ -32,7 +32,7 @@ def expert_mixture(
     if layer_idx is not None:
         weights = gate_up_ED2F, down_EFD
         y_RD = grouped_swiglu_of_layer(
-            *(x_RD, *weights, sizes_E, layer_idx), widen=quantized.widener(weights)
+            *(x_RD, *weights, sizes_E, layer_idx), narrow=quantized.narrow(weights)
         )
     else:
         F = down_EFD.shape[1]

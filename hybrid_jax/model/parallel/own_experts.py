@@ -61,7 +61,7 @@ def expert_mixture(
     x_TD, weight_TA, weights = varying.alike(x_TD, weight_TA, weights)
     x_RD = dispatch.to_rows(x_TD, token_R, row_TA)
     y_RD = grouped_swiglu_of_layer(
-        *(x_RD, *weights, sizes_E, layer_idx), widen=quantized.widener(weights)
+        *(x_RD, *weights, sizes_E, layer_idx), narrow=quantized.narrow(weights)
     )
     out_TD = dispatch.combine(y_RD, weight_TA, token_R, row_TA)
     if gather:

@@ -1,6 +1,7 @@
 """Rows times the matrices of their groups: the kernel behind every product that gives rows."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,33 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul.pallas_tpu import sizes, visits
 
 
+class Scales(NamedTuple):
+    """What a matrix in eight bits is to be multiplied by, and what its bits are."""
+
+    array_EPSN: jax.Array
+    """float32; one for S-ths of the depth. Of the groups alone, whichever matrices are theirs."""
+    dtype: Any
+    """Of the values, which may be held as bytes."""
+
+
 class Factor(NamedTuple):
     """An operand. Of one array a kernel may be given several parts, each as one."""
 
     array: jax.Array
-    """Rows `[R, K]` or `[P, R, K]`; matrices `[E, K, P N]`, or `[E, N, P K]` if transposed."""
+    """Rows `[R, K]` or `[P, R, K]`; matrices `[E, K, P N]`, or `[E, N, P K]` if transposed, or
+    `[E, P, K, N]` if they have scales."""
     part: int = 0
+    scales: Scales | None = None
+    """None for matrices of the rows' dtype. Of a kernel all matrices have some, or none has."""
+
+
+class Matrix(NamedTuple):
+    """A block of a matrix in VMEM."""
+
+    ref: Any
+    scale_ref: Any = None
+    dtype: Any = None
+    """Of the values, if they have scales."""
 
 
 class Tile(NamedTuple):
@@ -93,10 +115,12 @@ def multiply(
     plan = _plan(product, rows, inputs, outputs, group_sizes_E, group_offset)
     scalars = plan.order.scalars
     axes = jax.typeof(rows[0].array).manual_axis_type
-    first_input = len(scalars) + len(rows) + len(matrices)
+    scaled = [(x.part, x.scales.array_EPSN) for x in matrices if x.scales is not None]
+    operands = [*(x.array for x in (*rows, *matrices)), *(array for _, array in scaled)]
+    first_input = len(scalars) + len(operands)
     tile_spec = functools.partial(_tile_spec, plan)
     return pl.pallas_call(
-        functools.partial(_kernel, plan, len(rows), len(matrices), len(inputs), len(outputs)),
+        functools.partial(_kernel, plan, len(rows), matrices, len(inputs), len(outputs)),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes) for x in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -104,6 +128,7 @@ def multiply(
             in_specs=[
                 *(_rows_spec(plan, x) for x in rows),
                 *(_matrix_spec(plan, x) for x in matrices),
+                *(_scale_spec(plan, *x) for x in scaled),
                 *map(tile_spec, inputs),
             ],
             out_specs=[*map(tile_spec, outputs)],
@@ -118,7 +143,7 @@ def multiply(
         ),
         name=product.name,
         interpret=interpret,
-    )(*scalars, *(x.array for x in (*rows, *matrices)), *inputs)
+    )(*scalars, *operands, *inputs)
 
 
 def _plan(product, rows, inputs, outputs, group_sizes_E, group_offset) -> Plan:
@@ -143,6 +168,12 @@ def _rows_spec(plan: Plan, factor: Factor) -> pl.BlockSpec:
 
 def _matrix_spec(plan: Plan, factor: Factor) -> pl.BlockSpec:
     tiles, matrix = plan.tiles, plan.order.matrix
+    if factor.scales is not None:
+        assert not plan.product.transposed, "scales are those of columns"
+        return pl.BlockSpec(
+            (None, None, tiles.depth, tiles.columns),
+            lambda n, v, k, *refs: (matrix(v, refs), factor.part, k, n),
+        )
     if plan.product.transposed:
         before = factor.part * (plan.depth // tiles.depth)
         return pl.BlockSpec(
@@ -155,6 +186,15 @@ def _matrix_spec(plan: Plan, factor: Factor) -> pl.BlockSpec:
     )
 
 
+def _scale_spec(plan: Plan, part: int, array_EPSN) -> pl.BlockSpec:
+    """Of the whole depth: there are few."""
+    group, count = plan.order.group, array_EPSN.shape[2]
+    return pl.BlockSpec(
+        (None, None, count, plan.tiles.columns),
+        lambda n, v, k, *refs: (group(v, refs), part, 0, n),
+    )
+
+
 def _tile_spec(plan: Plan, array) -> pl.BlockSpec:
     block, tile = (plan.tiles.rows, plan.tiles.columns), plan.order.tile
     if len(array.shape) == 2:
@@ -162,16 +202,20 @@ def _tile_spec(plan: Plan, array) -> pl.BlockSpec:
     return pl.BlockSpec((array.shape[0], *block), lambda n, v, k, *refs: (0, tile(v, refs), n))
 
 
-def _kernel(plan, num_rows, num_matrices, num_inputs, num_outputs, *refs):
+def _kernel(plan, num_rows, factors, num_inputs, num_outputs, *refs):
     """One tile of rows, one block of columns and of depth, for one group."""
     product, order, tiles = plan.product, plan.order, plan.tiles
     left = list(refs)
-    scalars, row_refs, matrix_refs, input_refs, output_refs, sum_refs = (
+    scales = [x.scales for x in factors if x.scales is not None]
+    scalars, row_refs, matrix_refs, scale_refs, input_refs, output_refs, sum_refs = (
         [left.pop(0) for _ in range(count)]
         for count in (
-            len(order.scalars), num_rows, num_matrices, num_inputs, num_outputs, len(product.sums)
+            len(order.scalars), num_rows, len(factors), len(scales), num_inputs, num_outputs,
+            len(product.sums),
         )
     )  # fmt: skip
+    dtypes = [x.dtype for x in scales]
+    matrices = [*map(Matrix, matrix_refs, *((scale_refs, dtypes) if scales else ()))]
     visit, depth = pl.program_id(1), pl.program_id(2)
     tile, group = order.tile(visit, scalars), order.group(visit, scalars)
     first_row = tile * tiles.rows
@@ -189,7 +233,7 @@ def _kernel(plan, num_rows, num_matrices, num_inputs, num_outputs, *refs):
                 ref[...] = jnp.zeros_like(ref)
 
     def multiply_rows(rows, own_R1):
-        _accumulate(plan, rows, row_refs, matrix_refs, sum_refs, depth)
+        _accumulate(plan, rows, row_refs, matrices, sum_refs, depth)
 
         @pl.when(depth == plan.grid[2] - 1)
         def _():
@@ -211,22 +255,15 @@ def _kernel(plan, num_rows, num_matrices, num_inputs, num_outputs, *refs):
         jax.lax.fori_loop(first, last, piece, None)
 
 
-def _accumulate(plan, rows, row_refs, matrix_refs, sum_refs, depth) -> None:
+def _accumulate(plan, rows, row_refs, matrices, sum_refs, depth) -> None:
     """Add the products of some rows over one block of depth to their sums."""
-    tiles, transposed = plan.tiles, plan.product.transposed
-    dims = (((1,), (1 if transposed else 0,)), ((), ()))
-    precision = None if row_refs[0].dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    tiles = plan.tiles
 
     def chunk(start, pairs):
-        deep = pl.ds(start, tiles.chunk)
         products = (
-            jax.lax.dot_general(
-                row_refs[r][rows, deep],
-                matrix_refs[m][:, deep] if transposed else matrix_refs[m][deep, :],
-                dims, precision=precision, preferred_element_type=jnp.float32,
-            )
+            _product(plan, row_refs[r], matrices[m], rows, depth * tiles.depth, start)
             for r, m in pairs
-        )  # fmt: skip
+        )
         return functools.reduce(jnp.add, products)
 
     is_only = tiles.chunk == plan.depth
@@ -243,3 +280,38 @@ def _accumulate(plan, rows, row_refs, matrix_refs, sum_refs, depth) -> None:
             sum_ref[rows] += chunk(pl.multiple_of(i * tiles.chunk, tiles.chunk), pairs)
 
         jax.lax.fori_loop(0, tiles.depth // tiles.chunk, add, None)
+
+
+def _product(plan, row_ref, matrix: Matrix, rows, block, start):
+    """Of some rows and the chunk of a matrix from `start` on, in the block that begins at `block`.
+
+    Values in eight bits are exact in the rows' dtype, so their products are multiplied by scales:
+    fewer numbers than the values where rows are few.
+    """
+    transposed = plan.product.transposed
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    precision = None if row_ref.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+    def product(first, size):
+        deep = pl.ds(first, size)
+        values = matrix.ref[:, deep] if transposed else matrix.ref[deep, :]
+        if matrix.dtype is not None:
+            held = values if values.dtype == matrix.dtype else pltpu.bitcast(values, matrix.dtype)
+            values = held.astype(row_ref.dtype)
+        return jax.lax.dot_general(
+            row_ref[rows, deep], values, dims,
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    if matrix.scale_ref is None:
+        return product(start, plan.tiles.chunk)
+    num_scales = matrix.scale_ref.shape[0]
+    if num_scales == 1:
+        return product(start, plan.tiles.chunk) * matrix.scale_ref[...]
+    shared = plan.depth // num_scales
+    size = math.gcd(shared, plan.tiles.chunk)
+    parts = []
+    for first in range(0, plan.tiles.chunk, size):
+        place = jax.lax.div(block + start + first, shared)
+        parts.append(product(start + first, size) * matrix.scale_ref[pl.ds(place, 1), :])
+    return functools.reduce(jnp.add, parts)
