@@ -9,6 +9,7 @@ from hybrid_jax import model as models
 from hybrid_jax.config.model import ModelConfig
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.model.params import logical_axes
+from sharding import Logical
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -21,6 +22,13 @@ def shardings(config: ModelConfig, placement: Placement) -> dict[str, jax.shardi
     return {
         path: placement.parameter(path, logical_axes(param), param.shape)
         for path, param in _flat(models.abstract(config)).items()
+    }
+
+
+def axes(config: ModelConfig) -> dict[str, tuple[Logical, ...]]:
+    """Path -> what the dims of every parameter mean, without those of stacked layers."""
+    return {
+        path: param.get_metadata()["axes"] for path, param in _flat(models.abstract(config)).items()
     }
 
 

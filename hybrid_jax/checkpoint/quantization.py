@@ -6,18 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
-from flax import nnx
 from jax.sharding import NamedSharding
 
-from hybrid_jax import model as models
-from hybrid_jax.checkpoint import loading
+from hybrid_jax.checkpoint import leaves, loading
 from hybrid_jax.checkpoint.boxes import Box
 from hybrid_jax.checkpoint.names.rules import Rule
 from hybrid_jax.checkpoint.opened import Checkpoint
 from hybrid_jax.model import quantized
 from hybrid_jax.model.parallel.placement import Placement
 from hybrid_jax.model.params import matrix_dims
-from sharding import Logical
 
 _KEPT = "F8_E4M3"
 
@@ -42,12 +39,9 @@ class QuantizingReader:
     ):
         """ValueError for an unknown scheme."""
         quantized.check_scheme(scheme)
-        state = nnx.to_flat_state(nnx.split(models.abstract(checkpoint.config))[1])
-        self._axes = {
-            ".".join(map(str, path)): param.get_metadata()["axes"] for path, param in state
-        }
+        self._axes = leaves.axes(checkpoint.config)
+        self._where = {} if placement is None else leaves.shardings(checkpoint.config, placement)
         self._checkpoint, self._scheme, self._check_finite = checkpoint, scheme, check_finite
-        self._placement = placement
         # As stored: rows are outputs.
         self._block = quantized.BLOCK if checkpoint.block is None else checkpoint.block[::-1]
 
@@ -55,9 +49,7 @@ class QuantizingReader:
         """One parameter of our tree, on its devices. Raises what reading and placing it do."""
         axes = self._axes[leaf]
         lead = len(shape) - len(axes)
-        at_rest = None
-        if self._placement is not None:
-            at_rest = self._placement.parameter(leaf, (Logical.LAYERS,) * lead + axes, shape)
+        at_rest = self._where.get(leaf)
         own = quantized.tile(self._scheme, axes, shape[lead:], self._block)
         if own is None:
             return loading.load(
