@@ -19,8 +19,8 @@ from hybrid_jax.checkpoint.formats.files import Folder, LocalFolder
 from hybrid_jax.checkpoint.formats.protocol import DTYPES, TensorInfo
 from hybrid_jax.checkpoint.names import tree
 from hybrid_jax.checkpoint.names.rules import Rule
-from hybrid_jax.config import layers, presets, text
 from hybrid_jax.config import model as model_lib
+from hybrid_jax.config import presets, text
 from hybrid_jax.config.training import TrainConfig
 from hybrid_jax.config.tuning import LoRA
 from hybrid_jax.model import lowrank
@@ -159,11 +159,8 @@ def _match(found: Inspection, model: model_lib.ModelConfig) -> matching.Match:
     if found.listing.vocabulary == "published":
         described = found.description
         if described is None:
-            sigmoid = any(
-                isinstance(getattr(layer.ffn, "router", None), layers.SigmoidTopK)
-                for layer in model.layers
-            )
-            described = hf_config.Description(model, {}, "minimax_m2" if sigmoid else "minimax")
+            kind = "minimax_m2" if hf_config.has_sigmoid_router(model) else "minimax"
+            described = hf_config.Description(model, {}, kind)
         where = found.folder.where(sidecars_lib.CONFIG_JSON)
         described = dataclasses.replace(described, model=model)
         match = matching.published(described, stored, where)

@@ -79,13 +79,13 @@ def _hugging_face(folder: Folder, present: list[str]) -> Listing:
     found.index_bytes = _total_size(folder)
     found.tensors = dict.fromkeys(weight_map)
     found.files = dict(weight_map)
-    for name in sorted(set(weight_map.values())):
-        if name not in here:
-            found.absent.append(name)
-    headers = _headers(found, [name for name in here if name in set(weight_map.values())])
-    for name, tensors in headers.items():
-        _add_indexed(found, name, tensors)
-    others = sorted(set(here) - set(weight_map.values()))
+    named: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        named.setdefault(name, set()).add(tensor)
+    found.absent += sorted(named.keys() - set(here))
+    for name, tensors in _headers(found, [name for name in here if name in named]).items():
+        _add_indexed(found, name, named[name], tensors)
+    others = sorted(set(here) - named.keys())
     if others:
         found.problems.append(
             f"{len(others)} safetensors files are not named in {INDEX_NAME}, first {others[0]}: "
@@ -114,11 +114,12 @@ def _without_index(found: Listing, here: list[str]) -> None:
             found.tensors[tensor], found.files[tensor] = info, name
 
 
-def _add_indexed(found: Listing, name: str, inside_it: dict[str, TensorInfo]) -> None:
-    """The tensors of one shard, held against the index."""
+def _add_indexed(
+    found: Listing, name: str, named: set[str], inside_it: dict[str, TensorInfo]
+) -> None:
+    """The tensors of one shard, held against those that the index names there."""
     if not inside_it:
         return
-    named = {tensor for tensor, file in found.files.items() if file == name}
     for what, wrong in (
         ("does not hold", sorted(named - inside_it.keys())),
         ("also holds", sorted(inside_it.keys() - named)),

@@ -3,6 +3,7 @@
 from hybrid_jax.checkpoint.hf_config.dialects import Description as Description
 from hybrid_jax.checkpoint.hf_config.dialects import describe as describe
 from hybrid_jax.checkpoint.hf_config.dialects import dump as dump
+from hybrid_jax.checkpoint.hf_config.dialects import has_sigmoid_router as has_sigmoid_router
 from hybrid_jax.checkpoint.hf_config.dialects import prefix as prefix
 from hybrid_jax.checkpoint.hf_config.dialects import read_from as read_from
 from hybrid_jax.checkpoint.hf_config.dialects import with_dtype as with_dtype

@@ -133,12 +133,9 @@ def write(
     native_wanted = format == "hf"
     if source is not None and _speaks(source, format):
         return source.json
-    sigmoid = any(
-        isinstance(getattr(la.ffn, "router", None), layers.SigmoidTopK) for la in config.layers
-    )
     if format == _VL_01:
         values = original.write(config, _original_type(config))
-    elif sigmoid:
+    elif has_sigmoid_router(config):
         values = m2.write(config, native=native_wanted)
     elif native_wanted:
         values = native.write(config)
@@ -151,6 +148,12 @@ def write(
     spelling = "dtype" if native_wanted else "torch_dtype"
     values = dict(sorted((carried | values | {spelling: dtype}).items()))
     return _around(values, dtype) if format == _VL_01 else values
+
+
+def has_sigmoid_router(config: model.ModelConfig) -> bool:
+    """Whether experts are chosen as M2 does."""
+    routers = (getattr(layer.ffn, "router", None) for layer in config.layers)
+    return any(isinstance(router, layers.SigmoidTopK) for router in routers)
 
 
 def _around(language: dict, dtype: str) -> dict:
