@@ -44,12 +44,16 @@ def lightning_attention(
     initial_BHKV: jax.Array,
     segments: Segments | None,
     *,
+    length: int,
     reverse: bool,
     rounds_weights: bool,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Outputs in q's dtype and the final state, for K and V of 64 or 128, bfloat16, T >= 1."""
-    batch, length, heads, key_dim = q_BTHK.shape
+    """Outputs in q's dtype and the final state, for K and V of 64 or 128, bfloat16.
+
+    Of the T tokens, a multiple of 8, `length` >= 1 count; fewer than 8 behind them are zeros.
+    """
+    batch, _, heads, key_dim = q_BTHK.shape
     value_dim = v_BTHV.shape[-1]
     plan = Plan(
         length, key_dim, reverse, segments is not None, rounds_weights, interpret is not None

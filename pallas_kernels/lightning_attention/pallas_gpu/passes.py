@@ -16,7 +16,7 @@ from pallas_kernels.lightning_attention import xla
 from pallas_kernels.lightning_attention.pallas_gpu import kernel
 from pallas_kernels.lightning_attention.pallas_gpu.decays import Segments
 from pallas_kernels.lightning_attention.pallas_gpu.plan import chunk_size
-from pallas_kernels.lightning_attention.pallas_gpu.versions import interpret_params
+from pallas_kernels.lightning_attention.pallas_gpu.versions import TILE_ROWS, interpret_params
 
 HEAD_SIZES = (64, 128)
 
@@ -76,12 +76,24 @@ def _pass(
         raise Unsupported(f"lightning_attention implementation 'pallas_gpu': {reason}")
     if 0 in v_BTHV.shape:
         return jnp.zeros_like(v_BTHV), state_BHKV
-    chunk = chunk_size(q_BTHK.shape[-1])
-    return kernel.lightning_attention(
+    length, chunk = q_BTHK.shape[1], chunk_size(q_BTHK.shape[-1])
+    q_BTHK, k_BTHK, v_BTHV = (_whole_tiles(x, length) for x in (q_BTHK, k_BTHK, v_BTHV))
+    out_BTHV, final_BHKV = kernel.lightning_attention(
         q_BTHK, k_BTHK, v_BTHV, log_decay_H, state_BHKV,
         None if ids_BT is None else _segments(ids_BT, chunk),
-        reverse=reverse, rounds_weights=rounds_weights, interpret=interpret_params(interpret),
+        length=length, reverse=reverse, rounds_weights=rounds_weights,
+        interpret=interpret_params(interpret),
     )  # fmt: skip
+    return out_BTHV[:, :length], final_BHKV
+
+
+def _whole_tiles(x_BTHK: jax.Array, length: int) -> jax.Array:
+    """With zeros behind the tokens, which the kernel does not count, up to whole rows of tiles.
+
+    It copies no part of a tile from the memory of the GPU: other lengths do not compile.
+    """
+    missing = -length % TILE_ROWS
+    return jnp.pad(x_BTHK, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x_BTHK
 
 
 def _segments(segment_ids_BT: jax.Array, chunk: int) -> Segments:

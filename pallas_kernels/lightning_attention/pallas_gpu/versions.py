@@ -13,6 +13,8 @@ from pallas_kernels.errors import Unsupported
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
+TILE_ROWS = 8
+
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """Read a reference into registers of the given layout."""
@@ -47,7 +49,7 @@ def store(ref: Any, value: jax.Array) -> None:
 def swizzled_tiles(columns: int) -> tuple[Any, ...]:
     """The layout in shared memory that matrix products read: tiles of 8 rows of 128 bytes."""
     # The types of jax 0.12 call both classes abstract for a method whose body is only a docstring.
-    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((TILE_ROWS, columns))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(128)  # type: ignore[abstract]
 
 

@@ -108,6 +108,15 @@ def test_head_size_64(compiles):
     assert _spills(reports) == 0
 
 
+@pytest.mark.parametrize("length", [1, 350])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_rows_that_end_inside_a_tile(compiles, length, is_packed):
+    """The interpreter reads any length; the compiler copies whole tiles of 8 rows alone."""
+    ids = [_array(1, length, dtype=jnp.int32)] if is_packed else []
+    _, kernels, _ = compiles(_gradient(_attend, (0, 1, 2)), *_qkv(length), *ids)
+    assert kernels == 4
+
+
 def test_behind_a_projection_nothing_is_copied(compiles):
     """The temporaries are q, k and v, and nothing beside them."""
     x, w = _array(1, _SHORT, _WIDTH), _array(_WIDTH, _HEADS * _SIZE)
