@@ -13,6 +13,7 @@ from pallas_kernels.errors import Unsupported
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
+# Of what is copied to shared memory for matrix products; also the step of lengths it can have.
 TILE_ROWS = 8
 
 
