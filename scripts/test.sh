@@ -8,12 +8,13 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 venv=${VENV:-.venv}
 
-# Tests compile more than they compute, which keeps one core busy each; a worker holds up to 4 GiB.
+# How many at a time where each holds up to $1 GiB: tests compile more than they compute, which keeps
+# one core busy each.
 workers() {
   local cores gibibytes
   cores=$(nproc 2>/dev/null || echo 1)
   gibibytes=$(awk '/MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo 2>/dev/null || echo 4)
-  echo $((cores < gibibytes / 4 ? cores : gibibytes / 4))
+  echo $((cores < gibibytes / $1 ? cores : gibibytes / $1))
 }
 
 make_environment "$venv" test-core "${TORCH:-torch}"
@@ -23,12 +24,12 @@ say "Lint, types and import contracts"
 "$venv/bin/mypy"
 "$venv/bin/lint-imports" --no-logo
 say "Tests"
-"$venv/bin/python" -m pytest --numprocesses "$(workers)" --dist loadscope --no-loadscope-reorder \
-  --durations 15 "$@"
+"$venv/bin/python" -m pytest --numprocesses "$(workers 4)" --dist loadscope \
+  --no-loadscope-reorder --durations 15 "$@"
 if [ "${AOT:-}" = aot ]; then
   install_compilers "$venv"
   say "Tests that compile for TPUs and NVIDIA GPUs that are not here"
-  # In one process: a TPU compiler takes gigabytes and both cores.
+  # A compiler for a pod takes up to 6 GiB.
   PYTHONPATH="$PWD/$venv/compilers" CI=true "$venv/bin/python" -m pytest \
-    -m "aot and not nightly" --at-least 10 --durations 15
+    --numprocesses "$(workers 8)" --dist loadscope -m "aot and not nightly" --at-least 10 --durations 15
 fi

@@ -43,7 +43,7 @@ def _orbax(path: pathlib.Path):
         (_original, "fsdp=2,expert=2,tensor=2", "expert"),
         # Copies along data, and parameters that no axis splits.
         (_m2, "data=4,tensor=2", "serve"),
-        (_orbax, "fsdp=4,tensor=2", "fsdp_tensor"),
+        pytest.param(_orbax, "fsdp=4,tensor=2", "fsdp_tensor", marks=pytest.mark.nightly),
     ],
 )
 def test_a_mesh_holds_what_one_device_does(tmp_path, monkeypatch, make, mesh, rules):

@@ -72,7 +72,8 @@ print(json.dumps({"peak": (peak_rss_bytes() - before) * mib,
 """
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("fp8", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_loading_quantised_never_holds_the_weights_unquantised(tmp_path, scheme):
     config = published.original_config()
     tiny = published.write_directory(tmp_path / "tiny", config, published.tensors(config))

@@ -128,9 +128,8 @@ def test_two_processes_write_half_each_and_go_on_after_a_kill(alone, tmp_path):
     assert sorted(os.listdir(tmp_path)) == names
 
 
-@pytest.mark.parametrize(
-    "format", ["hf-original", pytest.param("orbax", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("format", ["hf-original", "orbax"])
 def test_killed_at_20_random_moments_it_goes_on_and_the_result_is_identical(tmp_path, format):
     found = killed.run("save", tmp_path, format, 20, 1)
     whole, names = tmp_path / "whole", set()

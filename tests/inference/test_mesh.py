@@ -34,7 +34,6 @@ def _answers(name, rows, placement=None):
 
 # Each takes ten seconds to compile: daily, every way to split rows, heads and experts once.
 _DAILY = [
-    ("text_01", "tensor=8", 1),
     ("text_01", "expert=2,tensor=4", 8),
     ("m2", "expert=8", 1),
     ("m2", "data=2,expert=2,tensor=2", 8),
