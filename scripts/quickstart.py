@@ -23,6 +23,7 @@ import tyro
 
 import hybrid_jax
 from hybrid_jax import data, observe
+from hybrid_jax.checkpoint import manifest
 from hybrid_jax.config import recipes
 from hybrid_jax.config.data import parse_sources
 from hybrid_jax.data.tokenizer import write_hugging_face
@@ -75,9 +76,12 @@ def main() -> int:
     train(run, ["--resume", "--steps", str(steps)])
 
     say("Exporting to Hugging Face safetensors.")
-    hybrid_jax.save(hybrid_jax.load(run), export, format="hf")
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
-    write_hugging_face(tokenizer, export)
+    with tempfile.TemporaryDirectory() as beside:
+        # What is put into the export afterwards, its manifest does not know.
+        write_hugging_face(tokenizer, beside)
+        hybrid_jax.save(hybrid_jax.load(run), export, format="hf", sidecars=beside)
+    manifest.verify(export)
     dataset = data.open_dataset(run / "tokens" / "00")
     heldout = data.WindowIndex(dataset.heldout, 256, seed=None)
     say("Loading the export again, and continuing a prompt.")
